@@ -1,0 +1,97 @@
+"""Reading and writing files: whole or not at all, strict JSON, and a sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ._version import __version__
+from .errors import FxpError, InputError, SpecFileError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which takes its place when the block ends without an error.
+
+    Raises
+    ------
+    InputError
+        If the folder doesn't exist or can't be written.
+    """
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise InputError(f"{target} is a folder; name a file")
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise InputError(f"{target} can't be written: {error.strerror}") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    except OSError as error:
+        raise InputError(f"{target} can't be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_json(value: Any, path: str | Path, *, schema_version: int) -> None:
+    """Write a dataclass as JSON with its schema version and the version that produced it."""
+    from pydantic import TypeAdapter
+
+    body = TypeAdapter(type(value)).dump_python(value, mode="json")
+    document = {"schema_version": schema_version, "producer": f"fxp-layernorm {__version__}", **body}
+    with atomic_path(path) as temporary:
+        temporary.write_text(to_text(document))
+
+
+def to_text(document: Any) -> str:
+    """Return JSON with an object's members on lines of their own and each list of numbers on one line."""
+    text = json.dumps(document, indent=1, allow_nan=False)
+    return re.sub(r"\[[-+.,\de\s]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"
+
+
+def load_json(cls: type[T], path: str | Path, *, schema_version: int) -> T:
+    """Read a dataclass that `save_json` wrote; whatever is not exactly as it must be is refused."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    source = Path(path)
+    try:
+        document = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecFileError(f"{source} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SpecFileError(f"{source} is not JSON, or is cut short: {error}") from error
+    if not isinstance(document, dict):
+        raise SpecFileError(f"{source} holds a {type(document).__name__}; an object with a schema_version is expected")
+    found = document.pop("schema_version", None)
+    if found != schema_version:
+        raise SpecFileError(
+            f"{source} has the schema version {found!r}; this version of fxp-layernorm ({__version__}) reads "
+            f"{schema_version}. Make the file anew, or install the version that wrote it"
+        )
+    document.pop("producer", None)
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the document"
+        raise SpecFileError(f"{source}: {place}: {first['msg']}") from error
+    except FxpError as error:
+        raise SpecFileError(f"{source}: {error}") from error

@@ -1,0 +1,159 @@
+"""The float layers: what LayerNorm and RMSNorm are, with the signatures of torch.nn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+
+
+class _Norm:
+    """What both norms share: the normalized shape, eps, and a gain for each of its elements."""
+
+    def __init__(self, normalized_shape: int | Sequence[int], eps: float, elementwise_affine: bool) -> None:
+        dims = (normalized_shape,) if isinstance(normalized_shape, int | np.integer) else tuple(normalized_shape)
+        if not dims or any(int(d) != d or d < 1 for d in dims):
+            raise InputError(f"normalized_shape is {normalized_shape!r}; it must hold positive integers")
+        if not (math.isfinite(eps) and eps >= 0):
+            raise InputError(f"eps is {eps!r}; it must be finite and not negative")
+        self.normalized_shape: tuple[int, ...] = tuple(int(d) for d in dims)
+        self.eps = float(eps)
+        self.weight = np.ones(self.normalized_shape) if elementwise_affine else None
+
+    @property
+    def n(self) -> int:
+        """The number of elements that are normalized together."""
+        return math.prod(self.normalized_shape)
+
+    @property
+    def gamma(self) -> npt.NDArray[np.float64]:
+        """The gain as a checked float64 array of shape (n,), ones where the layer has no weight."""
+        return self._parameter("weight", self.weight, 1.0)
+
+    @property
+    def beta(self) -> npt.NDArray[np.float64]:
+        """The offset as a checked float64 array of shape (n,), zeros where the layer has no bias."""
+        return self._parameter("bias", getattr(self, "bias", None), 0.0)
+
+    def _parameter(self, name: str, value: npt.ArrayLike | None, default: float) -> npt.NDArray[np.float64]:
+        if value is None:
+            return np.full(self.n, default)
+        array = np.asarray(value, dtype=np.float64)
+        if array.shape != self.normalized_shape:
+            raise InputError(f"{name} has the shape {array.shape}; the layer normalizes {self.normalized_shape}")
+        if not np.isfinite(array).all():
+            raise InputError(f"{name} holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite")
+        return array.reshape(-1)
+
+    def rows(self, x: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
+        """Return `x` as a float array of shape (rows, n); raises InputError where the trailing shape differs."""
+        values = np.asarray(x)
+        if values.dtype.kind not in "fiub":
+            raise InputError(f"real values are expected, not an array of type {values.dtype}")
+        trailing = values.shape[values.ndim - len(self.normalized_shape) :] if values.ndim else ()
+        if trailing != self.normalized_shape:
+            raise InputError(f"the input has the shape {values.shape}; its last dimensions must be {self.normalized_shape}")
+        if values.dtype.kind != "f":
+            values = values.astype(np.float64)
+        return values.reshape(-1, self.n)
+
+    def _normalize(self, x: npt.ArrayLike, *, centred: bool, eps: float) -> npt.NDArray[np.floating[Any]]:
+        rows = self.rows(x)
+        wide = rows.astype(np.float64)
+        if centred:
+            wide = wide - wide.mean(axis=1, keepdims=True)
+        wide = wide / np.sqrt(np.square(wide).mean(axis=1, keepdims=True) + eps)
+        return (wide * self.gamma + self.beta).reshape(np.shape(x)).astype(rows.dtype)
+
+
+class LayerNorm(_Norm):
+    """Layer normalization, ``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimensions.
+
+    The signature and the meaning are those of ``torch.nn.LayerNorm``.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        The trailing dimensions that are normalized together.
+    eps : float
+        Added to the (biased) variance, in squared real units.
+    elementwise_affine : bool
+        Whether the layer has a weight, ones at first, of shape `normalized_shape`.
+    bias : bool
+        Whether the layer has a bias too, zeros at first; without `elementwise_affine` it has none.
+
+    Raises
+    ------
+    InputError
+        For a shape without elements, or an eps that is negative, NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine)
+        self.bias = np.zeros(self.normalized_shape) if elementwise_affine and bias else None
+
+    @classmethod
+    def from_torch(cls, module: Any) -> LayerNorm:
+        """Return the same layer as a ``torch.nn.LayerNorm``; torch itself is not imported."""
+        weight, bias = _torch_array(module.weight), _torch_array(module.bias)
+        layer = cls(tuple(module.normalized_shape), module.eps, weight is not None, bias is not None)
+        layer.weight, layer.bias = weight, bias
+        return layer
+
+    def __call__(self, x: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
+        """Return the normalized input, of its shape and float type, computed in float64.
+
+        Raises
+        ------
+        InputError
+            If the last dimensions of `x` are not `normalized_shape`.
+        """
+        return self._normalize(x, centred=True, eps=self.eps)
+
+
+class RMSNorm(_Norm):
+    """Root-mean-square normalization, ``x / sqrt(mean(x**2) + eps) * weight``; see ``torch.nn.RMSNorm``.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        The trailing dimensions that are normalized together.
+    eps : float, optional
+        Added to the mean square; None means the machine epsilon of float32, as torch has it for float32 inputs.
+    elementwise_affine : bool
+        Whether the layer has a weight, ones at first.
+    """
+
+    def __init__(
+        self, normalized_shape: int | Sequence[int], eps: float | None = None, elementwise_affine: bool = True
+    ) -> None:
+        super().__init__(
+            normalized_shape, float(np.finfo(np.float32).eps) if eps is None else eps, elementwise_affine
+        )
+
+    @classmethod
+    def from_torch(cls, module: Any) -> RMSNorm:
+        """Return the same layer as a ``torch.nn.RMSNorm``; torch itself is not imported."""
+        weight = _torch_array(module.weight)
+        layer = cls(tuple(module.normalized_shape), module.eps, weight is not None)
+        layer.weight = weight
+        return layer
+
+    def __call__(self, x: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
+        """Return the normalized input, of its shape and float type, computed in float64."""
+        return self._normalize(x, centred=False, eps=self.eps)
+
+
+def _torch_array(parameter: Any) -> npt.NDArray[np.float64] | None:
+    return None if parameter is None else np.array(parameter.detach().double().cpu().numpy())

@@ -1,0 +1,146 @@
+"""The planner: a float layer and its quantization parameters become a spec with a proved bound."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+
+from . import proof
+from .errors import InputError, PlanError
+from .layer import LayerNorm, RMSNorm
+from .proof import CodeBounds, NormKind, RowStage
+from .quantization import QuantParams
+from .spec import LayerNormSpec
+
+#: The planner takes the narrowest lane whose proved excess is at most this, in LSB.
+DEFAULT_MAX_EXCESS = 1 / 32
+
+
+def plan(
+    layer: LayerNorm | RMSNorm,
+    input: QuantParams,
+    output: QuantParams,
+    *,
+    lane: int | None = None,
+    max_excess: float = DEFAULT_MAX_EXCESS,
+) -> LayerNormSpec:
+    """Return the integer form of a layer for known quantization parameters.
+
+    Parameters
+    ----------
+    layer : LayerNorm or RMSNorm
+    input, output : QuantParams
+        With channel exponents, or without.
+    lane : {24, 32, 64}, optional
+        Bits of the element stage. By default the narrowest lane whose bound is at most `max_excess`, else the lane
+        with the smallest bound.
+    max_excess : float
+        In LSB of the output.
+
+    Raises
+    ------
+    PlanError
+        If the layer doesn't fit; the message holds the figure that breaks it.
+    InputError
+        If gamma or beta is not finite or has another shape, or the exponents don't fit the layer.
+    """
+    if lane is not None:
+        if lane not in proof.ROOT_BITS:
+            raise InputError(f"the lane is {lane!r}; it must be one of {', '.join(map(str, proof.ROOT_BITS))}")
+        return _plan_lane(layer, input, output, lane)
+    planned: list[LayerNormSpec] = []
+    refusals: list[PlanError] = []
+    for candidate in proof.ROOT_BITS:
+        try:
+            spec = _plan_lane(layer, input, output, candidate)
+        except PlanError as error:
+            refusals.append(error)
+            continue
+        if spec.excess <= max_excess:
+            return spec
+        planned.append(spec)
+    if not planned:
+        raise refusals[-1]
+    return min(planned, key=lambda spec: spec.excess)
+
+
+def _plan_lane(layer: LayerNorm | RMSNorm, input: QuantParams, output: QuantParams, lane: int) -> LayerNormSpec:
+    kind = NormKind.RMSNORM if isinstance(layer, RMSNorm) else NormKind.LAYERNORM
+    gamma, beta = tuple(layer.gamma.tolist()), tuple(layer.beta.tolist())
+    for name, params in (("input", input), ("output", output)):
+        if params.exponents is not None and len(params.exponents) != layer.n:
+            raise InputError(f"{name} has {len(params.exponents)} channel exponents; the layer normalizes {layer.n}")
+    codes = CodeBounds.of(kind, layer.n, input)
+    e = proof.epsilon_in_codes(layer.n, layer.eps, input.scale)
+    h, E = _epsilon(codes, e)
+    gain, offset = proof.output_gain(gamma, output), proof.output_offset(beta, output)
+    gain_float, offset_float = gain.to_float(), offset.to_float()
+
+    best: tuple[float, int, int, int] | None = None
+    for F in range(1, lane):
+        K = _norm_bits(codes, lane, F)
+        if K is None:
+            continue
+        row = RowStage(codes, lane, proof.ROOT_BITS[lane], K)
+        s2 = _output_shift(row.t_max(K - F), F, gain_float, offset_float, output, lane)
+        if s2 < 1:
+            continue
+        # before G and B are known, their errors are taken as half a unit: the choice of F is then the same on any machine
+        terms = proof.stage_terms(
+            row, h=h, E=E, e=e, F=F, gain=gain_float, offset=offset_float, lo=output.dtype.lo, hi=output.dtype.hi,
+            gain_error=2.0 ** (F - s2 - 1), offset_error=2.0 ** (-s2 - 1),
+        )  # fmt: skip
+        bound = float(np.max(np.sum(list(terms.values()), axis=0)))
+        if best is None or bound < best[0]:
+            best = bound, F, K, s2
+    if best is None:
+        raise PlanError(
+            f"no shift brings gains of up to {np.abs(gain_float).max():.4g} and offsets of up to "
+            f"{np.abs(offset_float).max():.4g} output LSB, for n = {layer.n}, into a lane of {lane} bits"
+        )
+    _, F, K, s2 = best
+    return LayerNormSpec(
+        kind=kind, normalized_shape=layer.normalized_shape, eps=layer.eps, gamma=gamma, beta=beta,
+        input=input, output=output, lane=lane, m=proof.ROOT_BITS[lane], K=K, h=h, E=E, s1=K - F, s2=s2,
+        G=gain.to_fixed(s2 - F), B=offset.to_fixed(s2),
+    )  # fmt: skip
+
+
+def _round(value: Fraction) -> int:
+    """Round half up."""
+    return (2 * value.numerator + value.denominator) // (2 * value.denominator)
+
+
+def _epsilon(codes: CodeBounds, e: Fraction) -> tuple[int, int]:
+    """Return the largest h, and E, with V below its limit (equation 3)."""
+    for h in range(30, -1, -1):
+        E = _round(e * 4**h)
+        if (codes.v0_max << 2 * h) + E < 1 << proof.V_BITS:
+            return h, E
+    raise PlanError(
+        f"V is up to {codes.v0_max + _round(e):.4g}, beyond {proof.V_BITS} bits: {float(codes.v0_max):.4g} by the codes and "
+        f"{float(e):.4g} by eps; use a larger input scale, fewer input bits or smaller exponents"
+    )
+
+
+def _norm_bits(codes: CodeBounds, lane: int, F: int) -> int | None:
+    """Return the largest K that the lane holds with F fraction bits in t, or None."""
+    for K in range(lane - 2, F, -1):
+        try:
+            RowStage(codes, lane, proof.ROOT_BITS[lane], K).check(K - F)
+        except PlanError:
+            continue
+        return K
+    return None
+
+
+def _output_shift(t_max: int, F: int, gain: proof.Floats, offset: proof.Floats, output: QuantParams, lane: int) -> int:
+    """Return the largest s2 with which (8) and (9) keep their width, less than 1 where there is none."""
+    largest = float(np.max(t_max * 2.0**-F * np.abs(gain) + np.abs(offset))) + 0.5
+    if not largest < 2.0**31:
+        return 0
+    # G and B may each be half a unit above their real values
+    room = (proof.output_limit(lane) - t_max / 2 - 1) / (max(largest, output.dtype.hi - output.dtype.lo + 1.0) * proof.UP)
+    return math.frexp(room)[1] - 1 if room > 0 else 0

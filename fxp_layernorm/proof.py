@@ -1,0 +1,281 @@
+"""The proof behind a spec: the widths that no value leaves, and the bound on its error.
+
+Everything here follows docs/arithmetic.md, sections 5 and 6; the stage names of the bound are those of its table.
+The figures are float64, rounded up by `UP`, which is far more than the rounding of the few operations behind them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import PlanError
+from .quantization import QuantParams
+
+if TYPE_CHECKING:
+    from .spec import LayerNormSpec
+
+UP = 1.0 + 2.0**-40
+Floats = npt.NDArray[np.float64]
+
+#: V stays below this many bits, so that every shift of it stays within 64 (equation 3).
+V_BITS = 62
+#: Bits of the integer square root for each lane (equation 4).
+ROOT_BITS = {24: 18, 32: 24, 64: 31}
+#: Bits, sign included, of the second product and its sum for each lane (equations 8 and 9).
+OUTPUT_BITS = {24: 32, 32: 32, 64: 63}
+
+
+class NormKind(StrEnum):
+    """Which norm a spec computes."""
+
+    LAYERNORM = "layernorm"
+    RMSNORM = "rmsnorm"
+
+
+class Excess(float):
+    """How far the output may be from the ideal beyond the half LSB of the final rounding, in LSB.
+
+    A float, the largest sum of the terms over the channels, with:
+
+    Attributes
+    ----------
+    terms : Mapping[str, float]
+        The term of each stage, in LSB, in the channel where their sum is largest.
+    channel : int
+        That channel.
+    """
+
+    terms: Mapping[str, float]
+    channel: int
+
+    def __new__(cls, terms: Mapping[str, Floats]) -> Excess:
+        total = np.sum(list(terms.values()), axis=0) * UP
+        channel = int(np.argmax(total))
+        self = super().__new__(cls, total[channel])
+        self.terms = {stage: float(values[channel]) for stage, values in terms.items()}
+        self.channel = channel
+        return self
+
+
+@dataclass(frozen=True)
+class CodeBounds:
+    """What is known of the integers u of a row from the input's parameters alone (equation 0).
+
+    Attributes
+    ----------
+    deviation : ndarray of shape (n,)
+        The largest distance of a channel's u from the row's mean (RMSNorm: from 0).
+    spread : int
+        The largest distance between any two u of a row (RMSNorm: from 0); bounds ``|u - c|``.
+    largest : int
+        The largest magnitude of u.
+    v0_min, v0_max : int
+        Bounds of V0 where it is not 0 (equation 3).
+    x_max : float
+        The largest normalized value (Samuelson's inequality).
+    """
+
+    n: int
+    deviation: Floats
+    spread: int
+    largest: int
+    v0_min: int
+    v0_max: int
+    x_max: float
+
+    @classmethod
+    def of(cls, kind: NormKind, n: int, params: QuantParams) -> CodeBounds:
+        """Return the bounds for rows of `n` codes with these parameters."""
+        exponents = np.asarray(params.channel_exponents(n), dtype=np.int64)
+        low = np.left_shift(np.int64(params.dtype.lo - params.zero_point), exponents)
+        high = np.left_shift(np.int64(params.dtype.hi - params.zero_point), exponents)
+        magnitude = np.maximum(np.abs(low), np.abs(high))
+        largest = int(magnitude.max())
+        square_sum = sum(count * int(u) ** 2 for u, count in zip(*np.unique(magnitude, return_counts=True), strict=True))
+        v0_max = n * int(square_sum)
+        if kind is NormKind.RMSNORM:
+            return cls(n, magnitude.astype(np.float64), largest, largest, n, v0_max, math.sqrt(n))
+        spread = int(high.max() - low.min())
+        # the mean when this channel is at its end and all others are at the opposite one
+        lowest_mean = (int(low.sum()) + (high - low)) / n
+        highest_mean = (int(high.sum()) - (high - low)) / n
+        deviation = np.maximum(high - lowest_mean, highest_mean - low) * UP
+        v0_max = min(v0_max, n * n * spread * spread // 4)
+        return cls(n, deviation, spread, largest, max(n - 1, 1), v0_max, math.sqrt(n - 1))
+
+
+@dataclass(frozen=True)
+class RowStage:
+    """The row stage's widths for one lane: everything of the spec that the sizes of R, D, p and t depend on."""
+
+    codes: CodeBounds
+    lane: int
+    m: int
+    K: int
+
+    @property
+    def _relative(self) -> float:
+        """1 + the largest relative error of R beyond its last unit: that of r, and of a cut x in lane 64."""
+        cut = 2.0 ** (self.m - reciprocal_bits(self.codes.n) - 1) / self.codes.n if self.lane == 64 else 0.0
+        return (1.0 + 2.0 ** (1 - self.m)) * (1.0 + cut) * UP
+
+    @property
+    def r_max(self) -> float:
+        """Bound of R, of ``(u - c) * R`` up to the rounding of R, and so of D."""
+        return 2.0**self.K * self.codes.n / math.sqrt(self.codes.v0_min) * self._relative + 0.5
+
+    def check(self, s1: int) -> None:
+        """Raise PlanError unless R, (u-c)*R, D, p and p's rounding fit the lane."""
+        lane_limit = 2.0 ** (self.lane - 1)
+        widest = self.r_max + self.codes.spread / 2 + 1 + 2.0 ** (s1 - 1)
+        if not widest < lane_limit:
+            raise PlanError(f"products of up to {widest:.4g} don't fit a lane of {self.lane} bits with K = {self.K}")
+        mean_dividend = self.codes.n * (self.r_max + 1)
+        if not mean_dividend < 2.0**63:
+            raise PlanError(f"the dividend of the mean is up to {mean_dividend:.4g}, beyond 63 bits, with K = {self.K}")
+
+    def t_max(self, s1: int) -> int:
+        """The largest magnitude of t (equation 7)."""
+        p_max = 2.0**self.K * self.codes.x_max * self._relative + float(self.codes.deviation.max()) / 2 + 0.5
+        return max(int((p_max * UP + 2.0 ** (s1 - 1)) / 2.0**s1), 1)
+
+
+def reciprocal_bits(n: int) -> int:
+    """How far n is shifted at most before it is divided by r in lane 64 (equation 4)."""
+    return 62 - n.bit_length()
+
+
+def output_limit(lane: int) -> int:
+    """Magnitudes in (8) and (9) stay below this limit."""
+    return 1 << (OUTPUT_BITS[lane] - 1)
+
+
+def epsilon_in_codes(n: int, eps: float, scale: float) -> Fraction:
+    """Return e = n**2 * eps / s**2, what eps is in units of V0."""
+    return n * n * Fraction(eps) / Fraction(scale) ** 2
+
+
+@dataclass(frozen=True)
+class Rationals:
+    """Exact real values, one a channel: Python integers over one denominator."""
+
+    numerators: npt.NDArray[np.object_]
+    denominator: int
+
+    @classmethod
+    def in_lsb(cls, values: tuple[float, ...], params: QuantParams) -> Rationals:
+        """Return ``values[c] / (scale * 2**exponents[c])``."""
+        scale, exponents = Fraction(params.scale), params.channel_exponents(len(values))
+        ratios = [value.as_integer_ratio() for value in values]
+        highest, common = max(exponents), max(bottom for _, bottom in ratios)
+        numerators = np.empty(len(values), dtype=object)
+        numerators[:] = [
+            (top * (common // bottom) * scale.denominator) << (highest - exponent)
+            for (top, bottom), exponent in zip(ratios, exponents, strict=True)
+        ]
+        return cls(numerators, (common * scale.numerator) << highest)
+
+    def plus(self, integer: int) -> Rationals:
+        """Return the values with an integer added to each."""
+        return Rationals(self.numerators + integer * self.denominator, self.denominator)
+
+    def to_float(self) -> Floats:
+        """Return the nearest float64 values."""
+        return _quotient(self.numerators, self.denominator)
+
+    def to_fixed(self, bits: int) -> tuple[int, ...]:
+        """Return ``floor(value * 2**bits + 1/2)``, integers with `bits` fraction bits (which may be negative)."""
+        up, down = 1 << max(bits, 0), self.denominator << max(-bits, 0)
+        return tuple(((2 * up) * self.numerators + down) // (2 * down))
+
+    def distance(self, fixed: tuple[int, ...], bits: int) -> Floats:
+        """Return ``|fixed * 2**-bits - value|``, of an exact difference."""
+        up, down = 1 << max(bits, 0), self.denominator << max(-bits, 0)
+        integers = np.empty(len(fixed), dtype=object)
+        integers[:] = fixed
+        difference = abs(integers * down - self.numerators * up)
+        return _quotient(difference, up * self.denominator)
+
+
+def _quotient(numerators: npt.NDArray[np.object_], denominator: int) -> Floats:
+    """Divide Python integers, which rounds correctly."""
+    try:
+        return np.asarray(numerators / denominator, dtype=np.float64)
+    except OverflowError:
+        raise PlanError("gamma or beta is too large for the output scale: beyond 1e308 output LSB") from None
+
+
+def output_gain(gamma: tuple[float, ...], params: QuantParams) -> Rationals:
+    """Return gamma_c / s_out_c for each channel."""
+    return Rationals.in_lsb(gamma, params)
+
+
+def output_offset(beta: tuple[float, ...], params: QuantParams) -> Rationals:
+    """Return beta_c / s_out_c + z_out for each channel."""
+    return Rationals.in_lsb(beta, params).plus(params.zero_point)
+
+
+def stage_terms(
+    row: RowStage, *, h: int, E: int, e: Fraction, F: int, gain: Floats, offset: Floats, lo: int, hi: int,
+    gain_error: Floats | float, offset_error: Floats | float,
+) -> dict[str, Floats]:  # fmt: skip
+    """Return the bound's terms by stage for each channel, in LSB (docs/arithmetic.md, section 6)."""
+    codes = row.codes
+    g = np.abs(gain)
+    reach = np.maximum(np.abs(hi + 0.5 - offset), np.abs(lo - 0.5 - offset))
+    with np.errstate(divide="ignore"):
+        x = np.minimum(codes.x_max, np.where(g > 0, reach / g, codes.x_max)) * UP
+    em = 2.0 ** (1 - row.m)
+    v = codes.v0_min + float(Fraction(E, 4**h))
+    e_error = float(abs(Fraction(E, 4**h) - e)) / (v + math.sqrt(v * (codes.v0_min + float(e)))) * UP
+    r_error = codes.deviation * 2.0 ** (-row.K - 1)
+    if row.lane == 64:  # the rows that have y > 0 have small deviations, in proportion
+        r_error = np.maximum(r_error, x * (1 + e_error) * 2.0 ** (row.m - reciprocal_bits(codes.n) - 1) / codes.n)
+    d_error, t_error = 2.0 ** (-row.K - 1), 2.0 ** (-F - 1)
+    reached = x * (1 + e_error) * (1 + em) + r_error + d_error + t_error
+    return {
+        "R": g * r_error,
+        "D": g * d_error,
+        "r": g * x * em,
+        "E": g * x * e_error * (1 + em),
+        "t": g * t_error,
+        "G": np.broadcast_to(gain_error, g.shape) * reached,
+        "B": np.broadcast_to(offset_error, g.shape) * UP,
+    }
+
+
+def excess(spec: LayerNormSpec) -> Excess:
+    """Return the proved bound of a spec, from its own integers."""
+    gain, offset = output_gain(spec.gamma, spec.output), output_offset(spec.beta, spec.output)
+    terms = stage_terms(
+        spec.row_stage, h=spec.h, E=spec.E, e=epsilon_in_codes(spec.n, spec.eps, spec.input.scale), F=spec.F,
+        gain=gain.to_float(), offset=offset.to_float(), lo=spec.output.dtype.lo, hi=spec.output.dtype.hi,
+        gain_error=gain.distance(spec.G, spec.s2 - spec.F), offset_error=offset.distance(spec.B, spec.s2),
+    )  # fmt: skip
+    return Excess(terms)
+
+
+def check_widths(spec: LayerNormSpec) -> None:
+    """Raise PlanError, with the figure, if a value of the spec could leave its width."""
+    row = spec.row_stage
+    v_max = (row.codes.v0_max << 2 * spec.h) + spec.E
+    if v_max >= 1 << V_BITS:
+        raise PlanError(f"V is up to {v_max:.4g}, beyond {V_BITS} bits; use fewer input bits or a larger input scale")
+    if spec.K + spec.h + spec.m - ((v_max.bit_length() + 1) >> 1) < 0:
+        raise PlanError(f"the reciprocal has no bits left with K = {spec.K} and V up to {v_max:.4g}")
+    row.check(spec.s1)
+    t_max, half = row.t_max(spec.s1), 1 << (spec.s2 - 1)
+    widest = max(t_max * abs(G) + abs(B) for G, B in zip(spec.G, spec.B, strict=True)) + half
+    widest = max(widest, (spec.output.dtype.hi - spec.output.dtype.lo + 1) << spec.s2)
+    if widest >= output_limit(spec.lane):
+        raise PlanError(f"outputs are up to {widest:.4g} before their shift, beyond {OUTPUT_BITS[spec.lane]} bits")
+    if widest >> spec.s2 >= 1 << 31:
+        raise PlanError(f"outputs are up to {widest >> spec.s2:.4g} LSB before they are clamped, beyond 32 bits")
