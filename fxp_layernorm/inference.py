@@ -30,7 +30,7 @@ class FxpLayerNorm:
     def __init__(self, spec: LayerNormSpec) -> None:
         self.spec = spec
         lane = np.dtype(np.int64 if spec.lane == 64 else np.int32)
-        square = spec.row_stage.codes.largest ** 2
+        square = spec.row_stage.codes.largest**2
         chunk = (2**31 - 1) // max(square, 1)
         narrow = chunk >= 32  # sums in 32 bits pay once a few vectors fit between two carries
         self._arguments = (

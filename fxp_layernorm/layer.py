@@ -57,7 +57,9 @@ class _Norm:
             raise InputError(f"real values are expected, not an array of type {values.dtype}")
         trailing = values.shape[values.ndim - len(self.normalized_shape) :] if values.ndim else ()
         if trailing != self.normalized_shape:
-            raise InputError(f"the input has the shape {values.shape}; its last dimensions must be {self.normalized_shape}")
+            raise InputError(
+                f"the input has the shape {values.shape}; its last dimensions must be {self.normalized_shape}"
+            )
         if values.dtype.kind != "f":
             values = values.astype(np.float64)
         return values.reshape(-1, self.n)
@@ -68,7 +70,8 @@ class _Norm:
         if centred:
             wide = wide - wide.mean(axis=1, keepdims=True)
         wide = wide / np.sqrt(np.square(wide).mean(axis=1, keepdims=True) + eps)
-        return (wide * self.gamma + self.beta).reshape(np.shape(x)).astype(rows.dtype)
+        result: npt.NDArray[np.floating[Any]] = (wide * self.gamma + self.beta).reshape(np.shape(x)).astype(rows.dtype)
+        return result
 
 
 class LayerNorm(_Norm):
@@ -138,9 +141,7 @@ class RMSNorm(_Norm):
     def __init__(
         self, normalized_shape: int | Sequence[int], eps: float | None = None, elementwise_affine: bool = True
     ) -> None:
-        super().__init__(
-            normalized_shape, float(np.finfo(np.float32).eps) if eps is None else eps, elementwise_affine
-        )
+        super().__init__(normalized_shape, float(np.finfo(np.float32).eps) if eps is None else eps, elementwise_affine)
 
     @classmethod
     def from_torch(cls, module: Any) -> RMSNorm:

@@ -99,7 +99,9 @@ class CodeBounds:
         high = np.left_shift(np.int64(params.dtype.hi - params.zero_point), exponents)
         magnitude = np.maximum(np.abs(low), np.abs(high))
         largest = int(magnitude.max())
-        square_sum = sum(count * int(u) ** 2 for u, count in zip(*np.unique(magnitude, return_counts=True), strict=True))
+        square_sum = sum(
+            count * int(u) ** 2 for u, count in zip(*np.unique(magnitude, return_counts=True), strict=True)
+        )
         v0_max = n * int(square_sum)
         if kind is NormKind.RMSNORM:
             return cls(n, magnitude.astype(np.float64), largest, largest, n, v0_max, math.sqrt(n))

@@ -137,7 +137,8 @@ class QuantParams:
         with np.errstate(over="ignore"):  # an overflow to infinity saturates, as it should
             scaled = values / np.asarray(self._steps(), dtype=float_type) / float_type(self.scale)
         codes = np.rint(scaled) + float_type(self.zero_point)
-        return np.clip(codes, self.dtype.lo, self.dtype.hi).astype(self.dtype.numpy)
+        clipped: npt.NDArray[Any] = np.clip(codes, self.dtype.lo, self.dtype.hi).astype(self.dtype.numpy)
+        return clipped
 
     def dequantize(self, codes: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Return the real values of codes as float32, as ONNX DequantizeLinear does.

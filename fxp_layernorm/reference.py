@@ -147,7 +147,9 @@ def check_codes(spec: LayerNormSpec, q: npt.ArrayLike) -> npt.NDArray[Any]:
         raise CodeTypeError(f"codes of type {codes.dtype} were given; the spec takes {spec.input.dtype}")
     dims = len(spec.normalized_shape)
     if codes.ndim < dims or codes.shape[codes.ndim - dims :] != spec.normalized_shape:
-        raise InputError(f"codes of shape {codes.shape} were given; the last dimensions must be {spec.normalized_shape}")
+        raise InputError(
+            f"codes of shape {codes.shape} were given; the last dimensions must be {spec.normalized_shape}"
+        )
     return codes
 
 

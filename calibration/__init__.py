@@ -1,0 +1,1 @@
+"""Calibration: quantization parameters from real activations."""

@@ -1,0 +1,1 @@
+"""Export: the same function as an ONNX graph."""
