@@ -1,1 +1,27 @@
-"""Export: the same function as an ONNX graph."""
+"""Export: the same function as an ONNX graph, by itself or in place of a model's float norms.
+
+`to_onnx` writes one norm from codes to codes; `find_norms` lists a model's norms; `quantize_model` replaces them; and
+`verify` holds the result against the kernel, bit by bit.
+"""
+
+from __future__ import annotations
+
+from .model import ExportedNorm, Form, Word, exported_norms, quantize_model, to_onnx
+from .norms import Norm, find_norms, load_model
+from .verify import NormCheck, OutputCheck, Verification, verify
+
+__all__ = [
+    "ExportedNorm",
+    "Form",
+    "Norm",
+    "NormCheck",
+    "OutputCheck",
+    "Verification",
+    "Word",
+    "exported_norms",
+    "find_norms",
+    "load_model",
+    "quantize_model",
+    "to_onnx",
+    "verify",
+]

@@ -69,7 +69,7 @@ def to_text(document: Any) -> str:
 
 def load_json(cls: type[T], path: str | Path, *, schema_version: int) -> T:
     """Read a dataclass that `save_json` wrote; whatever is not exactly as it must be is refused."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic import TypeAdapter, ValidationError
 
     source = Path(path)
     try:

@@ -14,7 +14,7 @@ from .proof import CodeBounds, NormKind, RowStage
 from .quantization import DType, QuantParams
 from .spec import LayerNormSpec
 
-#: By default the planner takes the narrowest lane whose proved excess, in LSB, is at most this for the output's type.
+#: By default the planner takes the narrowest lane whose proved excess, in LSB, is at most this.
 #: Typical errors are a tenth of it: fewer than 0.6 % of 8-bit codes and 0.05 % of 16-bit codes then differ from the ideal.
 MAX_EXCESS = {DType.INT8: 1 / 8, DType.UINT8: 1 / 8, DType.INT16: 1 / 256, DType.UINT16: 1 / 256}
 
@@ -119,8 +119,8 @@ def _epsilon(codes: CodeBounds, e: Fraction) -> tuple[int, int]:
         if (codes.v0_max << 2 * h) + E < 1 << proof.V_BITS:
             return h, E
     raise PlanError(
-        f"V is up to {codes.v0_max + _round(e):.4g}, beyond {proof.V_BITS} bits: {float(codes.v0_max):.4g} by the codes and "
-        f"{float(e):.4g} by eps; use a larger input scale, fewer input bits or smaller exponents"
+        f"V is up to {codes.v0_max + _round(e):.4g}, beyond {proof.V_BITS} bits: {float(codes.v0_max):.4g} by the "
+        f"codes and {float(e):.4g} by eps; use a larger input scale, fewer input bits or smaller exponents"
     )
 
 

@@ -57,6 +57,7 @@ class Excess(float):
     channel: int
 
     def __new__(cls, terms: Mapping[str, Floats]) -> Excess:
+        """Take the terms of each stage, one value a channel."""
         total = np.sum(list(terms.values()), axis=0) * UP
         channel = int(np.argmax(total))
         self = super().__new__(cls, total[channel])

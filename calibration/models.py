@@ -1,0 +1,124 @@
+"""Calibrating all norms of an ONNX model, in one pass over the data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+
+import onnx
+
+from ..errors import DataError, FxpError, InputError, ModelError
+from ..export.norms import Model, Norm, find_norms, load_model
+from ..params import ModelParams, NormParams
+from ..quantization import DType
+from ..runtime import FeedHash, Feeds, Session
+from .layers import Method, NormCalibration, check_method
+
+
+class ModelCalibration:
+    """Observes every norm of a model while it runs; specs of several formats can then be planned.
+
+    Memory is bounded by one feed's activations and the observers. Each feed is run once.
+
+    Parameters
+    ----------
+    model : path, onnx.ModelProto or onnx_ir.Model
+
+    Raises
+    ------
+    ModelError
+        If the model can't be read, or has no norm that can be replaced.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model_hash = _model_sha256(model)
+        loaded = load_model(model)
+        self.norms: list[Norm] = [norm for norm in find_norms(loaded) if norm.layer is not None]
+        if not self.norms:
+            blocked = [f"{norm.name}: {norm.blocker}" for norm in find_norms(loaded)]
+            raise ModelError(
+                "the model has no LayerNormalization that can be replaced" + "".join(f"; {b}" for b in blocked)
+            )
+        values = dict.fromkeys(value for norm in self.norms for value in (norm.input, norm.output))
+        self._session = Session(loaded, list(values))
+        self._calibrations = {norm.name: NormCalibration(norm.layer) for norm in self.norms if norm.layer is not None}
+        self._data_hash = FeedHash()
+        self._feeds = 0
+
+    def observe(self, feeds: Feeds, advance: Callable[[], None] = lambda: None) -> None:
+        """Run the model on each feed and observe its norms.
+
+        Raises
+        ------
+        DataError
+            If there is no feed, one doesn't fit the model, or a norm's values are not finite.
+        """
+        for feed in feeds:
+            values = self._session.run(feed)
+            for norm in self.norms:
+                try:
+                    self._calibrations[norm.name].update(values[norm.input], values[norm.output])
+                except FxpError as error:
+                    raise DataError(f"feed {self._feeds}, norm {norm.name!r}: {error}") from error
+            self._data_hash.update(feed)
+            self._feeds += 1
+            advance()
+
+    def params(
+        self,
+        input: DType | str = DType.INT8,
+        output: DType | str = DType.INT8,
+        *,
+        method: Method | str = Method.MINMAX,
+        exponents: int | None = None,
+        lane: int | None = None,
+    ) -> ModelParams:
+        """Return the specs of all norms for what was observed; the parameters are those of `calibrate`."""
+        method = check_method(method)
+        entries = []
+        for norm in self.norms:
+            calibration = self._calibrations[norm.name]
+            try:
+                spec = calibration.spec(input, output, exponents, lane)
+            except FxpError as error:
+                raise type(error)(f"norm {norm.name!r}: {error}") from error
+            entries.append(
+                NormParams(
+                    name=norm.name, input=norm.input, output=norm.output, rows=calibration.rows,
+                    sqnr_db=calibration.sqnr_db(spec), spec=spec,
+                )
+            )  # fmt: skip
+        return ModelParams(
+            model_sha256=self._model_hash, data_sha256=self._data_hash.hexdigest(), feeds=self._feeds, method=method,
+            norms=tuple(entries),
+        )  # fmt: skip
+
+
+def calibrate_model(
+    model: Model,
+    feeds: Feeds,
+    input: DType | str = DType.INT8,
+    output: DType | str = DType.INT8,
+    *,
+    method: Method | str = Method.MINMAX,
+    exponents: int | None = None,
+    lane: int | None = None,
+) -> ModelParams:
+    """Return the integer form of every norm of a model, for scales found on real data; see `calibrate`."""
+    calibration = ModelCalibration(model)
+    calibration.observe(feeds)
+    return calibration.params(input, output, method=method, exponents=exponents, lane=lane)
+
+
+def _model_sha256(model: Model) -> str:
+    if isinstance(model, str | PathLike):
+        try:
+            with Path(model).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ModelError(f"{model} can't be read: {error.strerror}") from error
+    if isinstance(model, onnx.ModelProto):
+        return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    raise InputError("a path or an onnx.ModelProto is expected")

@@ -1,0 +1,278 @@
+"""Writing models: one norm by itself, and a whole model with its float norms replaced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from .._version import __version__
+from ..errors import ModelError
+from ..params import ModelParams, NormParams
+from ..quantization import QuantParams
+from ..spec import LayerNormSpec
+from . import subgraph
+from .norms import Model, Norm, find_norms, load_model
+
+#: The opset of a norm that is exported by itself, and the lowest that replacing a norm needs.
+OPSET = 17
+#: The IR version that goes with it; functions need 8.
+IR_VERSION = 8
+#: The metadata entry in which an exported model says where its norms' codes are.
+METADATA_KEY = "fxp_layernorm.norms"
+
+
+class Form(StrEnum):
+    """How a norm stands in the model: as one function node, or as its nodes."""
+
+    FUNCTION = "function"
+    INLINE = "inline"
+
+
+class Word(StrEnum):
+    """The integers that the graph's tensors hold."""
+
+    INT64 = "int64"
+
+
+@dataclass(frozen=True)
+class ExportedNorm:
+    """Where a replaced norm's values are in the exported model: the float input, and the codes before and after."""
+
+    name: str
+    input: str
+    codes_in: str
+    codes_out: str
+
+
+def to_onnx(
+    spec: LayerNormSpec,
+    word: Word | str = Word.INT64,
+    form: Form | str = Form.INLINE,
+    *,
+    leading: Sequence[str | int] = ("rows",),
+) -> onnx.ModelProto:
+    """Return a model that maps input codes ``q`` to output codes ``y``.
+
+    Parameters
+    ----------
+    spec : LayerNormSpec
+    word : Word
+        ``int64``.
+    form : Form
+        ``inline``, the nodes; or ``function``, one node of the domain ``fxp_layernorm`` with the nodes as its body.
+    leading : sequence of str or int
+        The dimensions before the normalized ones: a name for each dynamic one, a number for each fixed one.
+
+    Raises
+    ------
+    ModelError
+        If the word doesn't hold the spec.
+    """
+    form, _ = _parse(form, word)
+    shape = [*leading, *spec.normalized_shape]
+    q = ir.Value(name="q", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.from_numpy(spec.input.dtype.numpy)))
+    tape = Tape()
+    y, functions = _codes(tape, spec, q, tuple(range(-len(spec.normalized_shape), 0)), form, "")
+    y.name, y.shape = "y", ir.Shape(shape)
+    y.type = ir.TensorType(ir.DataType.from_numpy(spec.output.dtype.numpy))
+    graph = ir.Graph([q], [y], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": OPSET}, name="norm")
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="fxp-layernorm", producer_version=__version__)
+    _add_functions(model, functions)
+    return _checked(model)
+
+
+def quantize_model(
+    model: Model, params: ModelParams, form: Form | str = Form.FUNCTION, word: Word | str = Word.INT64
+) -> onnx.ModelProto:
+    """Return a copy of a model with its norms replaced by integer ones.
+
+    Each norm becomes: quantize with the spec's input scales, the integer subgraph, dequantize with the output scales.
+
+    Parameters
+    ----------
+    model : path, onnx.ModelProto or onnx_ir.Model
+    params : ModelParams
+        For the norms to replace, by name; others stay as they are.
+    form, word
+        As in `to_onnx`.
+
+    Raises
+    ------
+    ModelError
+        If the model can't be read, lacks a norm of `params`, or one of them has other weights than its spec.
+    """
+    form, _ = _parse(form, word)
+    graph_model = load_model(model).clone()
+    opset = graph_model.graph.opset_imports.get("", 0)
+    if graph_model.ir_version < IR_VERSION and form is Form.FUNCTION:
+        raise ModelError(
+            f"functions need IR version {IR_VERSION}; the model has {graph_model.ir_version}. Use --form inline"
+        )
+    norms = {norm.name: norm for norm in find_norms(graph_model)}
+    taken = set(ir.convenience.create_value_mapping(graph_model.graph))
+    exported: list[ExportedNorm] = []
+    functions: dict[str, ir.Function] = {}
+    for entry in params.norms:
+        _check_same(norms.get(entry.name), entry)
+        where, needed = _replace(graph_model, norms[entry.name], entry, form, opset, taken)
+        exported.append(where)
+        functions.update(needed)
+    _add_functions(graph_model, functions)
+    graph_model.metadata_props[METADATA_KEY] = json.dumps([vars(norm) for norm in exported])
+    return _checked(graph_model)
+
+
+def exported_norms(model: ir.Model) -> list[ExportedNorm]:
+    """Return where the codes of an exported model's norms are; raises ModelError for any other model."""
+    try:
+        return [ExportedNorm(**entry) for entry in json.loads(model.metadata_props[METADATA_KEY])]
+    except KeyError:
+        raise ModelError("the model has no integer norms; make it with fxp-layernorm export") from None
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"the model's entry {METADATA_KEY} is damaged: {error}") from error
+
+
+def _parse(form: Form | str, word: Word | str) -> tuple[Form, Word]:
+    for kind, value in ((Form, form), (Word, word)):
+        if value not in list(kind):
+            raise ModelError(f"the {kind.__name__.lower()} is {value!r}; it must be one of {', '.join(kind)}")
+    return Form(form), Word(word)
+
+
+def _check_same(norm: Norm | None, entry: NormParams) -> None:
+    if norm is None:
+        raise ModelError(f"the model has no norm {entry.name!r}; the parameters belong to another model")
+    if norm.layer is None:
+        raise ModelError(f"the norm {entry.name!r} can't be replaced: {norm.blocker}")
+    spec, layer = entry.spec, norm.layer
+    same = (
+        spec.normalized_shape == layer.normalized_shape
+        and spec.eps == layer.eps
+        and spec.gamma == tuple(layer.gamma.tolist())
+        and spec.beta == tuple(layer.beta.tolist())
+    )
+    if not same:
+        raise ModelError(f"the norm {entry.name!r} has another shape, eps, scale or bias than its parameters")
+
+
+def _replace(
+    model: ir.Model, norm: Norm, entry: NormParams, form: Form, opset: int, taken: set[str]
+) -> tuple[ExportedNorm, dict[str, ir.Function]]:
+    """Replace one norm; returns where its codes are and the functions that it calls."""
+    spec, x, old = entry.spec, norm.node.inputs[0], norm.node.outputs[0]
+    assert x is not None
+    tape = Tape()
+    shape = spec.normalized_shape
+    codes_in = _quantize(tape, x, spec.input, shape, opset)
+    codes_out, functions = _codes(tape, spec, codes_in, norm.axes, form, norm.name, opset)
+    output = _dequantize(tape, codes_out, spec.output, shape, opset, old.dtype)
+    _name(tape, norm.name, taken, {codes_in: "codes_in", codes_out: "codes_out"})
+    for value, params in ((codes_in, spec.input), (codes_out, spec.output)):
+        value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(params.dtype.numpy)), x.shape
+    for value in tape.initializers:
+        model.graph.register_initializer(value)
+    ir.convenience.replace_nodes_and_values(model.graph, norm.node, [norm.node], tape.nodes, [old], [output])
+    return ExportedNorm(norm.name, x.name or "", codes_in.name or "", codes_out.name or ""), functions
+
+
+def _codes(
+    tape: Tape, spec: LayerNormSpec, q: ir.Value, axes: tuple[int, ...], form: Form, name: str, opset: int = OPSET
+) -> tuple[ir.Value, dict[str, ir.Function]]:
+    """Append the integer norm from codes to codes; returns the result and the functions that it calls."""
+    layout, attributes = subgraph.Layout.of(spec), subgraph.attributes(spec, axes)
+    channels = {
+        key: tape.initializer(ir.tensor(value), name=f"{name}/{key}" if name else key)
+        for key, value in subgraph.tensors(spec, spec.normalized_shape).items()
+    }
+    if form is Form.FUNCTION:
+        y = tape.op(layout.name, [q, *channels.values()], attributes, domain=subgraph.DOMAIN, name=name or None)
+        return y, {layout.name: subgraph.function(spec, opset)}
+    body = subgraph.Body(layout, attributes, tape)
+    return body.write(q, channels), {}
+
+
+def _quantize(tape: Tape, x: ir.Value, params: QuantParams, shape: tuple[int, ...], opset: int) -> ir.Value:
+    """Append ``clamp(round(x / 2**e / scale) + zero_point)``, as `QuantParams.quantize` computes it in float32."""
+    op = tape.op
+    if x.dtype != ir.DataType.FLOAT:
+        x = op("Cast", [x], {"to": ir.DataType.FLOAT})
+    if params.exponents is not None:
+        x = op("Mul", [x, _powers(tape, params.exponents, shape, -1)])
+    if _has_quantize_linear(params, opset):
+        return op("QuantizeLinear", [x, _scalar(tape, np.float32(params.scale)), _zero_point(tape, params)])
+    x = op("Round", [op("Div", [x, _scalar(tape, np.float32(params.scale))])])
+    x = op("Add", [x, _scalar(tape, np.float32(params.zero_point))])
+    low, high = (_scalar(tape, np.float32(end)) for end in (params.dtype.lo, params.dtype.hi))
+    return op("Cast", [op("Clip", [x, low, high])], {"to": ir.DataType.from_numpy(params.dtype.numpy)})
+
+
+def _dequantize(
+    tape: Tape, q: ir.Value, params: QuantParams, shape: tuple[int, ...], opset: int, dtype: ir.DataType | None
+) -> ir.Value:
+    """Append ``(q - zero_point) * scale * 2**f``, as `QuantParams.dequantize` computes it, in the old output's type."""
+    op = tape.op
+    scale = _scalar(tape, np.float32(params.scale))
+    if _has_quantize_linear(params, opset):
+        y = op("DequantizeLinear", [q, scale, _zero_point(tape, params)])
+    else:
+        y = op("Cast", [q], {"to": ir.DataType.FLOAT})
+        y = op("Mul", [op("Sub", [y, _scalar(tape, np.float32(params.zero_point))]), scale])
+    if params.exponents is not None:
+        y = op("Mul", [y, _powers(tape, params.exponents, shape, 1)])
+    return y if dtype in (None, ir.DataType.FLOAT) else op("Cast", [y], {"to": dtype})
+
+
+def _has_quantize_linear(params: QuantParams, opset: int) -> bool:
+    """Whether the opset's QuantizeLinear has the type; those of 16 bits came with opset 21."""
+    return params.dtype.numpy.itemsize == 1 or opset >= 21
+
+
+def _powers(tape: Tape, exponents: tuple[int, ...], shape: tuple[int, ...], sign: int) -> ir.Value:
+    return _scalar(tape, np.exp2(sign * np.array(exponents, dtype=np.float32)).astype(np.float32).reshape(shape))
+
+
+def _zero_point(tape: Tape, params: QuantParams) -> ir.Value:
+    return _scalar(tape, np.array(params.zero_point, dtype=params.dtype.numpy))
+
+
+def _scalar(tape: Tape, value: object) -> ir.Value:
+    return tape.op("Constant", [], {"value": ir.tensor(np.asarray(value))})
+
+
+def _name(tape: Tape, norm: str, taken: set[str], roles: dict[ir.Value, str]) -> None:
+    """Give each new value and node a name of its own under the norm's name."""
+    values = [(output, roles.get(output, node.op_type)) for node in tape.nodes for output in node.outputs]
+    values += [(value, (value.name or "").rpartition("/")[2]) for value in tape.initializers]
+    for value, role in values:
+        base = name = f"{norm}/{role}"
+        count = 0
+        while name in taken:
+            count += 1
+            name = f"{base}_{count}"
+        taken.add(name)
+        value.name = name
+    for node in tape.nodes:
+        node.name = node.outputs[0].name
+
+
+def _add_functions(model: ir.Model, functions: dict[str, ir.Function]) -> None:
+    if functions:
+        model.graph.opset_imports[subgraph.DOMAIN] = subgraph.DOMAIN_VERSION
+    for function in functions.values():
+        model.functions[function.identifier()] = function
+
+
+def _checked(model: ir.Model) -> onnx.ModelProto:
+    proto = ir.to_proto(model)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"the exported model is not valid: {str(error).splitlines()[0]}") from error
+    return proto

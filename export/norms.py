@@ -1,0 +1,143 @@
+"""Reading a model and finding its norms."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common
+
+from ..errors import ModelError
+from ..layer import LayerNorm
+from ..proof import NormKind
+
+Model = str | PathLike[str] | onnx.ModelProto | ir.Model
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of a model.
+
+    Attributes
+    ----------
+    name : str
+        The node's name, or that of its output where nodes share a name or have none.
+    kind : NormKind
+    form : str
+        How it is written: the operator's name.
+    axes : tuple of int
+        The normalized axes, counted from the end.
+    normalized_shape : tuple of int
+        Their sizes; empty where they are not known.
+    epsilon : float
+    input, output : str
+        The names of the tensors that it reads and writes.
+    node : onnx_ir.Node
+    layer : LayerNorm or None
+        The float layer, where the norm can be replaced.
+    blocker : str or None
+        Why it can't be replaced.
+    """
+
+    name: str
+    kind: NormKind
+    form: str
+    axes: tuple[int, ...]
+    normalized_shape: tuple[int, ...]
+    epsilon: float
+    input: str
+    output: str
+    node: ir.Node
+    layer: LayerNorm | None
+    blocker: str | None
+
+    @property
+    def n(self) -> int:
+        """The number of elements that are normalized together, 0 where it is not known."""
+        return math.prod(self.normalized_shape) if self.normalized_shape else 0
+
+
+def load_model(model: Model) -> ir.Model:
+    """Return a model as onnx_ir.Model, with its shapes inferred where they can be.
+
+    Raises
+    ------
+    ModelError
+        If the file can't be read or is no valid ONNX model.
+    """
+    if isinstance(model, ir.Model):
+        return model
+    try:
+        if isinstance(model, onnx.ModelProto):
+            loaded = ir.from_proto(model)
+        else:
+            onnx.checker.check_model(str(model))
+            loaded = ir.load(model)
+    except OSError as error:
+        raise ModelError(f"{model} can't be read: {error.strerror or error}") from error
+    except Exception as error:  # protobuf, the checker and onnx_ir share no base
+        name = "the model" if isinstance(model, onnx.ModelProto) else Path(model)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{name} is not a valid ONNX model: {reason}") from error
+    ir.passes.common.ShapeInferencePass()(loaded)
+    return loaded
+
+
+def find_norms(model: ir.Model) -> list[Norm]:
+    """Return the norms of a model's main graph, in its order: LayerNormalization nodes, opset 17 and later."""
+    nodes = [node for node in model.graph if node.op_type == "LayerNormalization" and node.domain in ("", "ai.onnx")]
+    names = Counter(node.name for node in model.graph)
+    return [_layer_normalization(node, named=bool(node.name) and names[node.name] == 1) for node in nodes]
+
+
+def _layer_normalization(node: ir.Node, *, named: bool) -> Norm:
+    x, output = node.inputs[0], node.outputs[0]
+    assert x is not None
+    axis = node.attributes.get_int("axis", -1)
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    gamma, beta = (_constant(node.inputs[i]) if i < len(node.inputs) else None for i in (1, 2))
+    rank = len(x.shape) if x.shape is not None else None
+    layer: LayerNorm | None = None
+    blocker: str | None = None
+    shape: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
+    if axis >= 0 and rank is None:
+        blocker = f"the rank of {x.name!r} is not known, and the axis {axis} is counted from the front"
+    else:
+        axes = tuple(range(axis - (rank or 0) if axis >= 0 else axis, 0))
+        shape = _trailing_shape(x, len(axes), gamma)
+        if gamma is None or (len(node.inputs) > 2 and node.inputs[2] is not None and beta is None):
+            blocker = "its scale or bias is computed by the model"
+        elif any(used.uses() or used.is_graph_output() for used in node.outputs[1:]):
+            blocker = "its mean or inverse deviation is used"
+        elif not shape:
+            blocker = "the size of the normalized dimensions is not known"
+        else:
+            layer = LayerNorm(shape, epsilon)
+            layer.weight = np.broadcast_to(gamma, shape).astype(np.float64)
+            layer.bias = None if beta is None else np.broadcast_to(beta, shape).astype(np.float64)
+    return Norm(
+        name=(node.name if named else output.name) or "", kind=NormKind.LAYERNORM, form=node.op_type, axes=axes,
+        normalized_shape=shape, epsilon=epsilon, input=x.name or "", output=output.name or "", node=node, layer=layer,
+        blocker=blocker,
+    )  # fmt: skip
+
+
+def _trailing_shape(x: ir.Value, dims: int, gamma: npt.NDArray[Any] | None) -> tuple[int, ...]:
+    """Return the sizes of the last dimensions, by the input's shape or else by a gamma without broadcasting."""
+    if x.shape is not None and all(isinstance(size, int) for size in x.shape[-dims:]):
+        return tuple(int(size) for size in x.shape[-dims:])  # type: ignore[arg-type]
+    return gamma.shape if gamma is not None and gamma.ndim == dims and gamma.size > 1 else ()
+
+
+def _constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()

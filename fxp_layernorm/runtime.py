@@ -1,0 +1,218 @@
+"""Running ONNX models: feeds from files or functions, and sessions that show inner values."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import DataError, MissingDependencyError, ModelError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Feed = Mapping[str, npt.NDArray[Any]]
+
+
+class Feeds:
+    """The inputs of a model's runs, one mapping of input names to arrays a run; they can be gone through repeatedly.
+
+    Parameters
+    ----------
+    source : path, "package.module:function", mapping, or iterable of mappings
+        A .npz file with one array an input (one feed), a folder of such files (a feed each, in the order of their
+        names), a function without arguments that yields feeds, or the feeds themselves.
+
+    Raises
+    ------
+    DataError
+        If there is no such file or function, or a file is no .npz.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | Feed | Iterable[Feed] | Callable[[], Iterable[Feed]]) -> None:
+        self._files: list[Path] | None = None
+        self._feeds: Callable[[], Iterable[Feed]]
+        if isinstance(source, str | os.PathLike):
+            path = Path(source)
+            if path.is_dir():
+                self._files = sorted(path.glob("*.npz"))
+                if not self._files:
+                    raise DataError(f"the folder {path} holds no .npz file")
+            elif path.is_file():
+                self._files = [path]
+            elif ":" in str(source):
+                self._feeds = _function(str(source))
+            else:
+                raise DataError(f"{path} is neither a file nor a folder, nor a package.module:function")
+        elif isinstance(source, Mapping):
+            self._feeds = lambda: [source]
+        elif callable(source):
+            self._feeds = source
+        else:
+            held = list(source)
+            self._feeds = lambda: held
+
+    def __len__(self) -> int:
+        """Return the number of feeds, where it is known without running a function; else 0."""
+        return len(self._files) if self._files is not None else 0
+
+    def __iter__(self) -> Iterator[Feed]:
+        """Yield the feeds; raises DataError if there is none."""
+        count = 0
+        for feed in map(_read_npz, self._files) if self._files is not None else self._feeds():
+            if not isinstance(feed, Mapping):
+                raise DataError(f"a feed is a {type(feed).__name__}; a mapping of input names to arrays is expected")
+            count += 1
+            yield feed
+        if not count:
+            raise DataError("the data holds no feed")
+
+
+def _function(source: str) -> Callable[[], Iterable[Feed]]:
+    module, _, name = source.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"{source} is neither a file nor a function that can be imported: {error}") from error
+    if not callable(function):
+        raise DataError(f"{source} is a {type(function).__name__}; a function that yields feeds is expected")
+    return function  # type: ignore[no-any-return]
+
+
+def _read_npz(path: Path) -> Feed:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, Mapping):
+                raise DataError(f"{path} holds a single array; a .npz with one array an input is expected")
+            return dict(archive)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} can't be read as a .npz file: {error}") from error
+
+
+class FeedHash:
+    """A hash over feeds as they pass: the names, types, shapes and bytes of their arrays."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, feed: Feed) -> None:
+        """Take in one feed."""
+        for name in sorted(feed):
+            array = np.ascontiguousarray(feed[name])
+            self._hash.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+            self._hash.update(array.tobytes())
+
+    def hexdigest(self) -> str:
+        """Return the hash of all feeds so far."""
+        return self._hash.hexdigest()
+
+
+class Session:
+    """An ONNX Runtime session that returns named inner values besides the outputs.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        Left as it is.
+    values : sequence of str
+        Names of inner values to return.
+
+    Raises
+    ------
+    ModelError
+        If ONNX Runtime refuses the model.
+    MissingDependencyError
+        If ONNX Runtime is not installed.
+    """
+
+    def __init__(self, model: ir.Model, values: Sequence[str] = ()) -> None:
+        import onnx_ir as ir
+
+        ort = _onnxruntime()
+        exposed = model.clone()
+        ir.external_data.load_to_model(exposed)
+        known = ir.convenience.create_value_mapping(exposed.graph)
+        self.outputs = [output.name or "" for output in exposed.graph.outputs]
+        for name in values:
+            if name not in known:
+                raise ModelError(f"the model has no value {name!r}")
+            if known[name] not in exposed.graph.outputs and not known[name].is_graph_input():
+                exposed.graph.outputs.append(known[name])
+        self._inner_inputs = [name for name in values if known[name].is_graph_input()]
+        self._names = [output.name or "" for output in exposed.graph.outputs]
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(
+                ir.to_proto(exposed).SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no base
+            raise ModelError(f"ONNX Runtime can't load the model: {_first_line(error)}") from error
+        self._inputs = {node.name: node for node in self._session.get_inputs()}
+
+    def run(self, feed: Feed) -> dict[str, npt.NDArray[Any]]:
+        """Return the outputs and the asked values of one run, by name.
+
+        Raises
+        ------
+        DataError
+            If the feed lacks an input, or an array has another type or shape than the model's input.
+        """
+        checked = {name: self._check(name, feed) for name in self._inputs}
+        unknown = sorted(set(feed) - set(self._inputs))
+        if unknown:
+            raise DataError(f"the data holds {unknown[0]!r}; the model's inputs are {', '.join(self._inputs)}")
+        try:
+            results = self._session.run(self._names, checked)
+        except Exception as error:
+            raise DataError(f"ONNX Runtime can't run the model on this data: {_first_line(error)}") from error
+        return dict(zip(self._names, results, strict=True)) | {name: checked[name] for name in self._inner_inputs}
+
+    def _check(self, name: str, feed: Feed) -> npt.NDArray[Any]:
+        if name not in feed:
+            raise DataError(f"the data lacks the input {name!r}; it holds {', '.join(map(repr, feed)) or 'nothing'}")
+        array, expected = np.asarray(feed[name]), self._inputs[name]
+        dtype = _NUMPY_TYPES.get(expected.type)
+        if dtype is not None and array.dtype != dtype:
+            if not np.can_cast(array.dtype, dtype, "safe"):
+                raise DataError(f"the input {name!r} has the type {array.dtype}; the model takes {np.dtype(dtype)}")
+            array = array.astype(dtype)
+        shape = expected.shape
+        if len(array.shape) != len(shape):
+            raise DataError(f"the input {name!r} has the shape {array.shape}; the model takes {len(shape)} dimensions")
+        if any(isinstance(want, int) and want != have for want, have in zip(shape, array.shape, strict=True)):
+            raise DataError(f"the input {name!r} has the shape {array.shape}; the model takes {tuple(shape)}")
+        return array
+
+
+_NUMPY_TYPES = {
+    f"tensor({name})": np.dtype(dtype)
+    for name, dtype in {
+        "float": "float32", "double": "float64", "float16": "float16", "bool": "bool",
+        **{kind: kind for kind in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
+    }.items()
+}  # fmt: skip
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "running a model needs ONNX Runtime: pip install 'fxp-layernorm[runtime]', or any of its other builds"
+        ) from error
+    return onnxruntime
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
