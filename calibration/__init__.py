@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from .layers import Method, NormCalibration, calibrate
+from .layers import NormCalibration, calibrate
 from .models import ModelCalibration, calibrate_model
 from .observers import MinMaxObserver, RowSample
+from .search import Method
 
 __all__ = [
     "Method",

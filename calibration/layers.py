@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from enum import StrEnum
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, FxpError, InputError
+from ..errors import DataError, FxpError
 from ..inference import FxpLayerNorm
 from ..layer import LayerNorm, RMSNorm
 from ..planner import plan
-from ..quantization import DType
+from ..quantization import DType, QuantParams
 from ..spec import LayerNormSpec
 from . import search
-from .observers import MinMaxObserver, RowSample
+from .observers import MinMaxObserver, Rows, RowSample
+from .search import Method
 
-#: Rows kept to measure what the integers lose.
-SAMPLED_ROWS = 256
+Error = Callable[[QuantParams], float]
 
-
-class Method(StrEnum):
-    """How ranges become scales."""
-
-    MINMAX = "minmax"
+#: Elements kept of a norm's input, as whole rows, to choose scales and to measure what the integers lose.
+SAMPLED_ELEMENTS = 1 << 18
+#: Rows kept at the least.
+SAMPLED_ROWS = 64
 
 
 class NormCalibration:
@@ -41,7 +39,7 @@ class NormCalibration:
         self.layer = layer
         self._input = MinMaxObserver(layer.n)
         self._output = MinMaxObserver(layer.n)
-        self._sample = RowSample(SAMPLED_ROWS)
+        self._sample = RowSample(max(SAMPLED_ELEMENTS // layer.n, SAMPLED_ROWS))
 
     @property
     def rows(self) -> int:
@@ -59,30 +57,49 @@ class NormCalibration:
         self,
         input: DType | str = DType.INT8,
         output: DType | str = DType.INT8,
+        method: Method | str | None = None,
         exponents: int | None = None,
         lane: int | None = None,
     ) -> LayerNormSpec:
         """Return the spec for what was observed; see `calibrate`."""
         if not self.rows:
             raise DataError("there is no row to calibrate with")
-        layer, gain = self.layer, np.abs(self.layer.gamma)
+        layer = self.layer
+        rows = self._sample.rows().astype(np.float64)
+        expected = self._normalized(rows)
+
+        def input_error(params: QuantParams) -> float:
+            return _power(self._normalized(params.dequantize(params.quantize(rows))) - expected)
+
+        def output_error(params: QuantParams) -> float:
+            return _power(params.dequantize(params.quantize(expected)) - expected)
+
+        def choose(dtype: DType, seen: MinMaxObserver, error: Error, smallest_scale: float) -> QuantParams:
+            tried = search.candidates(
+                dtype, seen.low, seen.high, method=search.parse_method(dtype, method),
+                exponents=search.parse_exponents(dtype, exponents), smallest_scale=smallest_scale,
+            )  # fmt: skip
+            return search.least(tried, error)
+
         smallest = search.smallest_input_scale(layer.n, layer.eps)
         return plan(
             layer,
-            search.find(
-                DType.parse(input), self._input.low, self._input.high, gain, exponents, smallest_scale=smallest
-            ),
-            search.find(DType.parse(output), self._output.low, self._output.high, np.ones(layer.n), exponents),
+            choose(DType.parse(input), self._input, input_error, smallest),
+            choose(DType.parse(output), self._output, output_error, 0.0),
             lane=lane,
         )
 
     def sqnr_db(self, spec: LayerNormSpec) -> float | None:
         """Return the signal to quantization noise of a spec on a sample of the rows; None where one of them is 0."""
-        rows = self._sample.rows().reshape(-1, *self.layer.normalized_shape)
-        expected = self.layer(rows.astype(np.float64))
-        noise = float(np.sum(np.square(FxpLayerNorm(spec).forward(rows) - expected)))
-        signal = float(np.sum(np.square(expected)))
+        rows = self._sample.rows()
+        expected = self._normalized(rows.astype(np.float64))
+        norm = FxpLayerNorm(spec)
+        codes = norm(spec.input.quantize(rows).reshape(-1, *spec.normalized_shape)).reshape(rows.shape)
+        signal, noise = _power(expected), _power(spec.output.dequantize(codes) - expected)
         return 10 * math.log10(signal / noise) if signal and noise else None
+
+    def _normalized(self, rows: Rows) -> Rows:
+        return self.layer(rows.reshape(-1, *self.layer.normalized_shape)).reshape(rows.shape)
 
 
 def calibrate(
@@ -91,7 +108,7 @@ def calibrate(
     input: DType | str = "int8",
     output: DType | str = "int8",
     *,
-    method: Method | str = Method.MINMAX,
+    method: Method | str | None = None,
     exponents: int | None = None,
     lane: int | None = None,
 ) -> LayerNormSpec:
@@ -104,8 +121,10 @@ def calibrate(
         An iterable is gone through once, an array at a time.
     input, output : {"int8", "uint8", "int16", "uint16"}
         Types of the codes.
-    method : {"minmax"}
-        How ranges become scales.
+    method : {"minmax", "mse"}, optional
+        Which scales are tried; by default ``mse`` for codes of 8 bits and ``minmax`` for 16 bits. Of those tried, the
+        input's are chosen for the least error of the norm's output on the samples, and the output's for the least
+        error of its values.
     exponents : int, optional
         The largest channel exponent, 0 for one scale a tensor; by default 7 for codes of 8 bits and 0 for 16 bits.
     lane : {24, 32, 64}, optional
@@ -127,7 +146,6 @@ def calibrate(
     >>> fxp.calibrate(fxp.LayerNorm(64), x).lane
     32
     """
-    check_method(method)
     calibration = NormCalibration(layer)
     arrays = cast("Iterable[npt.ArrayLike]", [samples] if _is_array(samples) else samples)
     for index, array in enumerate(arrays):
@@ -135,14 +153,11 @@ def calibrate(
             calibration.update(array)
         except FxpError as error:
             raise type(error)(f"sample {index}: {error}") from error
-    return calibration.spec(input, output, exponents, lane)
+    return calibration.spec(input, output, method, exponents, lane)
 
 
-def check_method(method: Method | str) -> Method:
-    """Return the method of that name; raises InputError if there is none."""
-    if method not in list(Method):
-        raise InputError(f"the method is {method!r}; it must be one of {', '.join(Method)}")
-    return Method(method)
+def _power(values: Rows) -> float:
+    return float(np.sum(np.square(values)))
 
 
 def _is_array(samples: object) -> bool:

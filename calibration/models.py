@@ -14,7 +14,8 @@ from ..export.norms import Model, Norm, find_norms, load_model
 from ..params import ModelParams, NormParams
 from ..quantization import DType
 from ..runtime import FeedHash, Feeds, Session
-from .layers import Method, NormCalibration, check_method
+from .layers import NormCalibration
+from .search import Method, parse_method
 
 
 class ModelCalibration:
@@ -71,17 +72,16 @@ class ModelCalibration:
         input: DType | str = DType.INT8,
         output: DType | str = DType.INT8,
         *,
-        method: Method | str = Method.MINMAX,
+        method: Method | str | None = None,
         exponents: int | None = None,
         lane: int | None = None,
     ) -> ModelParams:
         """Return the specs of all norms for what was observed; the parameters are those of `calibrate`."""
-        method = check_method(method)
         entries = []
         for norm in self.norms:
             calibration = self._calibrations[norm.name]
             try:
-                spec = calibration.spec(input, output, exponents, lane)
+                spec = calibration.spec(input, output, method, exponents, lane)
             except FxpError as error:
                 raise type(error)(f"norm {norm.name!r}: {error}") from error
             entries.append(
@@ -91,9 +91,13 @@ class ModelCalibration:
                 )
             )  # fmt: skip
         return ModelParams(
-            model_sha256=self._model_hash, data_sha256=self._data_hash.hexdigest(), feeds=self._feeds, method=method,
+            model_sha256=self._model_hash,
+            data_sha256=self._data_hash.hexdigest(),
+            feeds=self._feeds,
+            input_method=parse_method(DType.parse(input), method),
+            output_method=parse_method(DType.parse(output), method),
             norms=tuple(entries),
-        )  # fmt: skip
+        )
 
 
 def calibrate_model(
@@ -102,7 +106,7 @@ def calibrate_model(
     input: DType | str = DType.INT8,
     output: DType | str = DType.INT8,
     *,
-    method: Method | str = Method.MINMAX,
+    method: Method | str | None = None,
     exponents: int | None = None,
     lane: int | None = None,
 ) -> ModelParams:

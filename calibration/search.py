@@ -1,8 +1,10 @@
-"""From observed ranges to quantization parameters."""
+"""From observed ranges to quantization parameters: candidates, and the one with the least error on real rows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +14,27 @@ from ..quantization import LARGEST_EXPONENT, LARGEST_SCALE, SMALLEST_SCALE, DTyp
 
 Floats = npt.NDArray[np.float64]
 
-#: Base scales tried in each octave.
-_STEPS = 16
+#: Scales tried in each octave.
+_STEPS = 8
+#: How many octaves `Method.MSE` may shrink the observed range by.
+_SHRINK = 2
+
+
+class Method(StrEnum):
+    """Which scales are tried.
+
+    ``minmax`` tries those that hold every observed value: one without channel exponents, and one octave of base scales
+    with them. ``mse`` also tries ranges down to a quarter of the observed one, where clipping rare values buys the
+    others more than it costs.
+    """
+
+    MINMAX = "minmax"
+    MSE = "mse"
+
+
+def default_method(dtype: DType) -> Method:
+    """Return ``mse`` for codes of 8 bits, and ``minmax`` for those of 16, which need no clipping."""
+    return Method.MSE if dtype.numpy.itemsize == 1 else Method.MINMAX
 
 
 def default_exponents(dtype: DType) -> int:
@@ -21,62 +42,66 @@ def default_exponents(dtype: DType) -> int:
     return 7 if dtype.numpy.itemsize == 1 else 0
 
 
-def affine(dtype: DType, low: Floats, high: Floats, *, smallest_scale: float = 0.0) -> QuantParams:
-    """Return one scale and zero point whose codes span all channels' ranges, 0 included."""
-    bottom, top = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
-    scale = _scale((top - bottom) / (dtype.hi - dtype.lo), smallest_scale)
-    zero_point = round(dtype.lo - bottom / scale)
-    return QuantParams(dtype, scale, min(max(zero_point, dtype.lo), dtype.hi))
+def parse_method(dtype: DType, method: Method | str | None) -> Method:
+    """Return the method of that name, or the default; raises InputError if there is none of that name."""
+    if method is None:
+        return default_method(dtype)
+    if method not in list(Method):
+        raise InputError(f"the method is {method!r}; it must be one of {', '.join(Method)}")
+    return Method(method)
 
 
-def channel_exponents(
-    dtype: DType, low: Floats, high: Floats, weight: Floats, limit: int, *, smallest_scale: float = 0.0
-) -> QuantParams:
-    """Return a base scale and the smallest exponents that hold each channel's largest magnitude.
+def parse_exponents(dtype: DType, exponents: int | None) -> int:
+    """Return the largest exponent allowed, or the default; raises InputError outside [0, 15]."""
+    if exponents is None:
+        return default_exponents(dtype)
+    if not 0 <= exponents <= LARGEST_EXPONENT or int(exponents) != exponents:
+        raise InputError(f"the largest exponent is {exponents!r}; it must be an integer from 0 to {LARGEST_EXPONENT}")
+    return int(exponents)
 
-    The base scale is the one, of 16 in each octave, with the least ``sum_c (weight_c * scale * 2**e_c)**2``, which is
-    the power of the rounding noise as the norm's output sees it. The zero point is the middle of the codes: one that
-    is shared by all channels helps only where all are skewed alike.
+
+def candidates(
+    dtype: DType, low: Floats, high: Floats, *, method: Method, exponents: int, smallest_scale: float = 0.0
+) -> Iterator[QuantParams]:
+    """Yield parameters to choose from.
+
+    Without exponents they are affine: the zero point is where the range, 0 included, has it. With exponents, each
+    channel has the smallest that holds its largest magnitude at the base scale, and the zero point is the middle of
+    the codes: one that is shared by all channels helps only where all are skewed alike.
 
     Parameters
     ----------
     dtype : DType
     low, high : ndarray of shape (n,)
         Observed range of each channel.
-    weight : ndarray of shape (n,)
-        What an error of 1 in a channel costs.
-    limit : int
-        The largest exponent, from 0 to 15.
+    method : Method
+    exponents : int
+        The largest channel exponent; 0 means one scale for the tensor.
     smallest_scale : float
         Bound of the scale from below.
     """
+    shrink = _SHRINK * _STEPS if method is Method.MSE else 0
+    if exponents == 0:
+        bottom, top = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
+        for step in range(shrink + 1):
+            scale = _scale((top - bottom) / (dtype.hi - dtype.lo) * 2.0 ** (-step / _STEPS), smallest_scale)
+            zero_point = round((dtype.lo * top - dtype.hi * bottom) / (top - bottom)) if top > bottom else 0
+            yield QuantParams(dtype, scale, min(max(zero_point, dtype.lo), dtype.hi))
+        return
     magnitude = np.maximum(np.abs(low), np.abs(high))
     zero_point = (dtype.lo + dtype.hi + 1) // 2
     codes = dtype.hi - zero_point
-    largest = float(magnitude.max())
-    best: tuple[float, float, npt.NDArray[np.int64]] | None = None
-    for step in range(limit * _STEPS + 1):
-        scale = _scale(largest / codes * 2.0 ** (-step / _STEPS), smallest_scale)
+    for step in range(-shrink, _STEPS):
+        base = float(magnitude.max()) / codes * 2.0 ** (step / _STEPS - exponents)
+        scale = _scale(base, smallest_scale)
         with np.errstate(divide="ignore"):
-            exponents = np.ceil(np.log2(magnitude / (scale * codes)) - 1e-6)
-        exponents = np.clip(exponents, 0, limit).astype(np.int64)
-        cost = float(np.sum(np.square(weight * scale * np.exp2(exponents))))
-        if best is None or cost < best[0]:
-            best = cost, scale, exponents
-    assert best is not None
-    return QuantParams(dtype, best[1], zero_point, best[2])
+            needed = np.ceil(np.log2(magnitude / (scale * codes)) - 1e-6)  # float32 scales are rounded up
+        yield QuantParams(dtype, scale, zero_point, np.clip(needed, 0, exponents).astype(np.int64))
 
 
-def find(
-    dtype: DType, low: Floats, high: Floats, weight: Floats, exponents: int | None, *, smallest_scale: float = 0.0
-) -> QuantParams:
-    """Return the parameters of one side of a norm: affine without exponents, else with channel exponents."""
-    limit = default_exponents(dtype) if exponents is None else exponents
-    if not 0 <= limit <= LARGEST_EXPONENT or int(limit) != limit:
-        raise InputError(f"the largest exponent is {limit!r}; it must be an integer from 0 to {LARGEST_EXPONENT}")
-    if limit == 0:
-        return affine(dtype, low, high, smallest_scale=smallest_scale)
-    return channel_exponents(dtype, low, high, weight, limit, smallest_scale=smallest_scale)
+def least(params: Iterable[QuantParams], error: Callable[[QuantParams], float]) -> QuantParams:
+    """Return the parameters with the least error, the first of them where several have it."""
+    return min(params, key=error)
 
 
 def smallest_input_scale(n: int, eps: float) -> float:

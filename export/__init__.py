@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .model import ExportedNorm, Form, Word, exported_norms, quantize_model, to_onnx
 from .norms import Norm, find_norms, load_model
-from .verify import NormCheck, OutputCheck, Verification, verify
+from .verify import NormCheck, OutputCheck, Verification, Verifier, verify
 
 __all__ = [
     "ExportedNorm",
@@ -17,6 +17,7 @@ __all__ = [
     "NormCheck",
     "OutputCheck",
     "Verification",
+    "Verifier",
     "Word",
     "exported_norms",
     "find_norms",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..errors import ModelError
 from ..inference import FxpLayerNorm
 from ..params import ModelParams
-from ..runtime import Feeds, Session
+from ..runtime import Feed, Feeds, Session
 from .model import ExportedNorm, exported_norms
 from .norms import Model, load_model
 
@@ -108,13 +108,81 @@ class Verification:
         return sum(norm.mismatches + norm.border_mismatches for norm in self.norms)
 
 
+class Verifier:
+    """Runs an exported model and compares it, a feed at a time.
+
+    Parameters
+    ----------
+    exported : path, onnx.ModelProto or onnx_ir.Model
+        What `quantize_model` made.
+    params : ModelParams
+        What it was made with.
+
+    Raises
+    ------
+    ModelError
+        If the model can't be read or loaded, or doesn't hold the norms of `params`.
+    """
+
+    def __init__(self, exported: Model, params: ModelParams) -> None:
+        model = load_model(exported)
+        self._places = exported_norms(model)
+        specs = {norm.name: norm.spec for norm in params.norms}
+        names = {place.name for place in self._places}
+        if names != set(specs):
+            odd = sorted(names ^ set(specs))[0]
+            raise ModelError(f"the norm {odd!r} is in only one of the exported model and the parameters")
+        self._kernels = {name: FxpLayerNorm(spec) for name, spec in specs.items()}
+        self._norms = {name: NormCheck(name) for name in specs}
+        values = [value for place in self._places for value in (place.input, place.codes_in, place.codes_out)]
+        self._session = Session(model, list(dict.fromkeys(values)))
+        self._outputs = {name: OutputCheck(name) for name in self._session.outputs}
+
+    def update(self, feed: Feed, expected: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run one feed and compare.
+
+        Parameters
+        ----------
+        feed : mapping of str to ndarray
+        expected : mapping of str to ndarray
+            The float model's outputs for it.
+
+        Returns
+        -------
+        dict of str to ndarray
+            The exported model's outputs.
+
+        Raises
+        ------
+        ModelError
+            If the two models have different outputs.
+        DataError
+            If the feed doesn't fit.
+        """
+        values = self._session.run(feed)
+        for place in self._places:
+            self._compare(place, values)
+        for name, check in self._outputs.items():
+            if name not in expected:
+                raise ModelError(f"the float model has no output {name!r}")
+            check.update(expected[name], values[name])
+        return {name: values[name] for name in self._outputs}
+
+    def result(self) -> Verification:
+        """Return the counts so far."""
+        return Verification(list(self._norms.values()), list(self._outputs.values()))
+
+    def _compare(self, place: ExportedNorm, values: Mapping[str, npt.NDArray[Any]]) -> None:
+        codes_in, codes_out = values[place.codes_in], values[place.codes_out]
+        check, kernel = self._norms[place.name], self._kernels[place.name]
+        check.codes += codes_out.size
+        check.mismatches += int(np.count_nonzero(kernel(codes_in) != codes_out))
+        border = kernel.quantize(values[place.input].astype(np.float32))
+        check.border_mismatches += int(np.count_nonzero(border != codes_in))
+
+
 def verify(
-    model: Model,
-    exported: Model,
-    params: ModelParams,
-    feeds: Feeds,
-    *,
-    advance: Callable[[], None] = lambda: None,
+    model: Model, exported: Model, params: ModelParams, feeds: Feeds, *, advance: Callable[[], None] = lambda: None
 ) -> Verification:
     """Run both models on data and compare them.
 
@@ -137,32 +205,8 @@ def verify(
     DataError
         If the feeds don't fit.
     """
-    exported_model = load_model(exported)
-    places = {place.name: place for place in exported_norms(exported_model)}
-    specs = {norm.name: norm.spec for norm in params.norms}
-    if set(places) != set(specs):
-        odd = sorted(set(places) ^ set(specs))[0]
-        raise ModelError(f"the norm {odd!r} is in only one of the exported model and the parameters")
-    values = [value for place in places.values() for value in (place.input, place.codes_in, place.codes_out)]
-    reference, candidate = Session(load_model(model)), Session(exported_model, list(dict.fromkeys(values)))
-    if reference.outputs != candidate.outputs[: len(reference.outputs)]:
-        raise ModelError("the two models have different outputs")
-    kernels = {name: FxpLayerNorm(spec) for name, spec in specs.items()}
-    norms = {name: NormCheck(name) for name in specs}
-    outputs = [OutputCheck(name) for name in reference.outputs]
+    verifier, reference = Verifier(exported, params), Session(load_model(model))
     for feed in feeds:
-        expected, actual = reference.run(feed), candidate.run(feed)
-        for output in outputs:
-            output.update(expected[output.name], actual[output.name])
-        for name, place in places.items():
-            _compare(norms[name], kernels[name], place, actual)
+        verifier.update(feed, reference.run(feed))
         advance()
-    return Verification(list(norms.values()), outputs)
-
-
-def _compare(check: NormCheck, kernel: FxpLayerNorm, place: ExportedNorm, values: dict[str, npt.NDArray[Any]]) -> None:
-    codes_in, codes_out = values[place.codes_in], values[place.codes_out]
-    check.codes += codes_out.size
-    check.mismatches += int(np.count_nonzero(kernel(codes_in) != codes_out))
-    border = kernel.quantize(values[place.input].astype(np.float32))
-    check.border_mismatches += int(np.count_nonzero(border != codes_in))
+    return verifier.result()

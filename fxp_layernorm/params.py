@@ -48,15 +48,16 @@ class ModelParams:
         Of the model file's bytes, and of the feeds' names, types, shapes and bytes in their order.
     feeds : int
         How many feeds the model was run on.
-    method : str
-        The calibration method.
+    input_method, output_method : str
+        The calibration methods.
     norms : tuple of NormParams
     """
 
     model_sha256: str
     data_sha256: str
     feeds: int
-    method: str
+    input_method: str
+    output_method: str
     norms: tuple[NormParams, ...]
 
     def __post_init__(self) -> None:

