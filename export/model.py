@@ -79,7 +79,7 @@ def to_onnx(
     shape = [*leading, *spec.normalized_shape]
     q = ir.Value(name="q", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.from_numpy(spec.input.dtype.numpy)))
     tape = Tape()
-    y, functions = _codes(tape, spec, q, tuple(range(-len(spec.normalized_shape), 0)), form, "")
+    y, functions = _codes(tape, spec, q, len(shape), form, "")
     y.name, y.shape = "y", ir.Shape(shape)
     y.type = ir.TensorType(ir.DataType.from_numpy(spec.output.dtype.numpy))
     graph = ir.Graph([q], [y], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": OPSET}, name="norm")
@@ -171,7 +171,9 @@ def _replace(
     tape = Tape()
     shape = spec.normalized_shape
     codes_in = _quantize(tape, x, spec.input, shape, opset)
-    codes_out, functions = _codes(tape, spec, codes_in, norm.axes, form, norm.name, opset)
+    codes_out, functions = _codes(
+        tape, spec, codes_in, len(x.shape) if x.shape is not None else None, form, norm.name, opset
+    )
     output = _dequantize(tape, codes_out, spec.output, shape, opset, old.dtype)
     _name(tape, norm.name, taken, {codes_in: "codes_in", codes_out: "codes_out"})
     for value, params in ((codes_in, spec.input), (codes_out, spec.output)):
@@ -183,17 +185,18 @@ def _replace(
 
 
 def _codes(
-    tape: Tape, spec: LayerNormSpec, q: ir.Value, axes: tuple[int, ...], form: Form, name: str, opset: int = OPSET
+    tape: Tape, spec: LayerNormSpec, q: ir.Value, rank: int | None, form: Form, name: str, opset: int = OPSET
 ) -> tuple[ir.Value, dict[str, ir.Function]]:
     """Append the integer norm from codes to codes; returns the result and the functions that it calls."""
-    layout, attributes = subgraph.Layout.of(spec), subgraph.attributes(spec, axes)
+    layout = subgraph.Layout.of(spec, rank)
+    attributes = subgraph.attributes(spec)
     channels = {
         key: tape.initializer(ir.tensor(value), name=f"{name}/{key}" if name else key)
-        for key, value in subgraph.tensors(spec, spec.normalized_shape).items()
+        for key, value in subgraph.tensors(spec).items()
     }
     if form is Form.FUNCTION:
         y = tape.op(layout.name, [q, *channels.values()], attributes, domain=subgraph.DOMAIN, name=name or None)
-        return y, {layout.name: subgraph.function(spec, opset)}
+        return y, {layout.name: subgraph.function(spec, layout, opset)}
     body = subgraph.Body(layout, attributes, tape)
     return body.write(q, channels), {}
 

@@ -3,7 +3,8 @@
 The row stage is int64; the element stage is int32 for lanes of 24 and 32 bits and int64 for the lane of 64. Only
 operators that ONNX Runtime and ONNX's reference compute exactly are used: Div truncates, so that every floor is
 either a division of a non-negative number or put right by its remainder; integer Max, Min and Clip of more than 31
-bits are avoided (microsoft/onnxruntime#25280), and so is a ReduceSum of int64 that exceeds 2**53.
+bits are avoided (microsoft/onnxruntime#25280); and sums are MatMul by ones, as ONNX Runtime's ReduceSum goes through
+float64 beyond 2**53, keeps the shape of a tensor without rows, and takes three to five times as long.
 
 One body serves all specs of a form: what differs between them are the attributes of the function's node and its
 inputs G, B and, with channel exponents, their powers of two. The inline form is the same body with the attributes
@@ -12,7 +13,7 @@ written out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,20 +52,23 @@ class Layout:
     kind : NormKind
     lane : onnx_ir.DataType
         Type of the element stage.
-    sums : str
-        How the sums are taken: "32" in int32, "64" in int64, "split" in int64 with the squares in two halves.
+    sums : onnx_ir.DataType
+        Type of the sums: int32 where that holds the sum of squares.
     exponents : bool
         Whether the input has channel exponents.
+    flatten : bool
+        Whether the input must become a matrix first: several dimensions are normalized together, or all.
     """
 
     kind: NormKind
     lane: ir.DataType
-    sums: str
+    sums: ir.DataType
     exponents: bool
+    flatten: bool
 
     @classmethod
-    def of(cls, spec: LayerNormSpec) -> Layout:
-        """Return the layout of a spec.
+    def of(cls, spec: LayerNormSpec, rank: int | None = None) -> Layout:
+        """Return the layout of a spec for an input of `rank` dimensions, where that is known.
 
         Raises
         ------
@@ -74,21 +78,25 @@ class Layout:
         if spec.m < 16:
             raise ModelError(f"the word int64 needs a root of at least 16 bits; the spec has m = {spec.m}")
         largest = spec.row_stage.codes.largest
-        squares = spec.n * largest * largest
-        sums = "32" if squares < 1 << 31 else "64" if squares < 1 << 53 else "split"
-        return cls(spec.kind, INT64 if spec.lane == 64 else INT32, sums, spec.input.exponents is not None)
+        return cls(
+            kind=spec.kind,
+            lane=INT64 if spec.lane == 64 else INT32,
+            sums=INT32 if spec.n * largest * largest < 1 << 31 else INT64,
+            exponents=spec.input.exponents is not None,
+            flatten=len(spec.normalized_shape) > 1 or rank == 1,
+        )
 
     @property
     def name(self) -> str:
         """The name of the function."""
         kind = "LayerNorm" if self.kind is NormKind.LAYERNORM else "RMSNorm"
-        return f"{kind}_{self.lane.name.lower()}_sum{self.sums}" + ("_exponents" if self.exponents else "")
+        options = ("_exponents" if self.exponents else "") + ("_flatten" if self.flatten else "")
+        return f"{kind}_{self.lane.name.lower()}_sum_{self.sums.name.lower()}{options}"
 
 
-def attributes(spec: LayerNormSpec, axes: Sequence[int]) -> dict[str, int | tuple[int, ...]]:
+def attributes(spec: LayerNormSpec) -> dict[str, int]:
     """Return the attributes of a function node: every integer of the spec that is not one a channel."""
-    values: dict[str, int | tuple[int, ...]] = {
-        "axes": tuple(axes),
+    values: dict[str, int] = {
         "n": spec.n,
         "n_twice": 2 * spec.n,
         "eps_factor": 1 << 2 * spec.h,
@@ -112,13 +120,13 @@ def attributes(spec: LayerNormSpec, axes: Sequence[int]) -> dict[str, int | tupl
     return values
 
 
-def tensors(spec: LayerNormSpec, shape: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
-    """Return the channel inputs of the subgraph, of the normalized dimensions' shape."""
+def tensors(spec: LayerNormSpec) -> dict[str, npt.NDArray[Any]]:
+    """Return the channel inputs of the subgraph, of shape (n,)."""
     lane = np.int64 if spec.lane == 64 else np.int32
     values = {"G": np.array(spec.G, dtype=lane), "B": np.array(spec.B, dtype=lane)}
     if spec.input.exponents is not None:
         values["P"] = np.left_shift(lane(1), np.array(spec.input.exponents, dtype=lane))
-    return {name: value.reshape(shape) for name, value in values.items()}
+    return values
 
 
 class Body:
@@ -133,18 +141,17 @@ class Body:
         Takes the nodes.
     """
 
-    def __init__(
-        self, layout: Layout, literals: Mapping[str, int | tuple[int, ...]] | None = None, tape: Tape | None = None
-    ) -> None:
+    def __init__(self, layout: Layout, literals: Mapping[str, int] | None = None, tape: Tape | None = None) -> None:
         self.layout = layout
         self.tape = tape or Tape()
         self._literals = literals
-        self._constants: dict[tuple[object, ir.DataType], ir.Value] = {}
+        self._constants: dict[tuple[str, ir.DataType], ir.Value] = {}
 
     def write(self, q: ir.Value, channels: Mapping[str, ir.Value]) -> ir.Value:
         """Append the nodes from the input codes to the output codes, and return the latter."""
         op, lane = self.tape.op, self.layout.lane
-        u = op("Cast", [q], {"to": lane})  # (0)
+        codes = op("Reshape", [q, self._shape(-1, None)]) if self.layout.flatten else q
+        u = op("Cast", [codes], {"to": lane})  # (0)
         if self.layout.exponents or self.layout.kind is NormKind.RMSNORM:
             u = op("Sub", [u, self._attribute("zero_point", lane)])
         if self.layout.exponents:
@@ -165,52 +172,27 @@ class Body:
         if lane != INT32:
             y = op("Cast", [y], {"to": INT32})
         y = op("Min", [op("Max", [y, self._attribute("y_low", INT32)]), self._attribute("y_high", INT32)])
-        to = self._reference("to", "y_type") if self._literals is None else ir.AttrInt64("to", self._literal("y_type"))
-        return op("Cast", [y], {"to": to})
+        y = op("Cast", [y], {"to": self._attribute_of("to", "y_type")})
+        return op("Reshape", [y, op("Shape", [q])], {"allowzero": 1}) if self.layout.flatten else y
 
     def _sums(self, u: ir.Value) -> tuple[ir.Value, ir.Value]:
         """(1) and (2)."""
-        op, axes = self.tape.op, self._attribute("axes", INT64)
-
-        def total(values: ir.Value) -> ir.Value:
-            return op("ReduceSum", [values, axes], {"keepdims": 1})
-
-        if self.layout.sums == "32":
-            narrow = op("Cast", [u], {"to": INT32}) if self.layout.lane != INT32 else u
-            S, Q = total(narrow), total(op("Mul", [narrow, narrow]))
-            return op("Cast", [S], {"to": INT64}), op("Cast", [Q], {"to": INT64})
-        wide = op("Cast", [u], {"to": INT64}) if self.layout.lane != INT64 else u
-        square = op("Mul", [wide, wide])
-        if self.layout.sums == "64":
-            return total(wide), total(square)
-        unit = self._constant(1 << 26, INT64)
-        high = op("Div", [square, unit])
-        low = op("Sub", [square, op("Mul", [high, unit])])
-        return total(wide), op("Add", [op("Mul", [total(high), unit]), total(low)])
+        op, dtype = self.tape.op, self.layout.sums
+        u = u if dtype == self.layout.lane else op("Cast", [u], {"to": dtype})
+        sums = (op("MatMul", [value, self._ones(dtype)]) for value in (u, op("Mul", [u, u])))
+        S, Q = (value if dtype == INT64 else op("Cast", [value], {"to": INT64}) for value in sums)
+        return S, Q
 
     def _row_stage(self, S: ir.Value, Q: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         """(3) to (5): R, and c and D where there is a mean."""
-        op, n, one = self.tape.op, self._attribute("n", INT64), self._constant(1, INT64)
+        op, n, two = self.tape.op, self._attribute("n", INT64), self._constant(2, INT64)
         centred = self.layout.kind is NormKind.LAYERNORM
         V0 = op("Mul", [Q, n])  # (3)
         if centred:
             V0 = op("Sub", [V0, op("Mul", [S, S])])
         V = op("Mul", [V0, self._attribute("eps_factor", INT64)])
         V = op("Add", [V, self._attribute("eps_code", INT64)])
-        # the bit length of V is the number of powers of two that it reaches, laid along the last axis, whose size is 1
-        reached = op("GreaterOrEqual", [V, self._constant(tuple(1 << k for k in range(proof.V_BITS)), INT64)])
-        last = self._constant((-1,), INT64)
-        bits = op("ReduceSum", [op("Cast", [reached], {"to": INT64}), last], {"keepdims": 1})
-        two = self._constant(2, INT64)
-        j = op("Sub", [self._attribute("root_bits", INT64), op("Div", [op("Add", [bits, one]), two])])  # (4)
-        r = self._root(V, op("Mul", [j, two]))
-        x, y = op("Add", [j, self._attribute("reciprocal_shift", INT64)]), None
-        if self.layout.lane == INT64:
-            cut = op("Min", [x, self._attribute("reciprocal_cut", INT64)])
-            x, y = cut, self._power(op("Sub", [x, cut]))
-        R = op("Div", [op("Add", [op("Mul", [n, self._power(x)]), op("Div", [r, two])]), r])
-        if y is not None:
-            R = op("Mul", [R, y])
+        R = self.reciprocal_root(V)[1]
         R = op("Mul", [R, op("Cast", [op("Greater", [V0, self._constant(0, INT64)])], {"to": INT64})])
         if not centred:
             return R, None, None
@@ -221,6 +203,25 @@ class Body:
         d = op("Sub", [S, op("Mul", [n, c])])
         D = self._floor_divide(op("Add", [op("Mul", [op("Mul", [d, two]), R]), n]), twice, INT64)
         return R, c, D
+
+    def reciprocal_root(self, V: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """(4) for V > 0: r and R; for V = 0 they are of no meaning, but no operator fails."""
+        op, n = self.tape.op, self._attribute("n", INT64)
+        one, two = self._constant(1, INT64), self._constant(2, INT64)
+        # the bit length of V is the number of powers of two that it reaches
+        reached = op("GreaterOrEqual", [V, self._table("limits", _POWERS[None, : proof.V_BITS])])
+        ones = self._table("ones", np.ones((proof.V_BITS, 1), dtype=np.int64))
+        bits = op("MatMul", [op("Cast", [reached], {"to": INT64}), ones])
+        j = op("Sub", [self._attribute("root_bits", INT64), op("Div", [op("Add", [bits, one]), two])])
+        r = self._root(V, op("Mul", [j, two]))
+        x, y = op("Add", [j, self._attribute("reciprocal_shift", INT64)]), None
+        if self.layout.lane == INT64:
+            cut = op("Min", [x, self._attribute("reciprocal_cut", INT64)])
+            x, y = cut, self._power(op("Sub", [x, cut]))
+        R = op("Div", [op("Add", [op("Mul", [n, self._power(x)]), op("Div", [r, two])]), r])
+        if y is not None:
+            R = op("Mul", [R, y])
+        return r, R
 
     def _root(self, V: ir.Value, shift: ir.Value) -> ir.Value:
         """The integer square root of V shifted into 2m bits: an upper bound, two steps of Heron's method, a correction.
@@ -253,52 +254,65 @@ class Body:
     def _to_lane(self, value: ir.Value) -> ir.Value:
         return value if self.layout.lane == INT64 else self.tape.op("Cast", [value], {"to": self.layout.lane})
 
-    def _constant(self, value: int | tuple[int, ...], dtype: ir.DataType) -> ir.Value:
-        key = (value, dtype)
-        if key not in self._constants:
-            tensor = ir.tensor(np.array(value, dtype=dtype.numpy()))
-            self._constants[key] = self.tape.op("Constant", [], {"value": tensor})
-        return self._constants[key]
+    def _constant(self, value: int, dtype: ir.DataType) -> ir.Value:
+        """Return a number as a tensor of shape (1, 1); ONNX Runtime broadcasts shapes of lower rank more slowly."""
+        return self._table(str(value), np.array([[value]], dtype=dtype.numpy()))
 
-    def _table(self, name: str, values: npt.NDArray[np.int64]) -> ir.Value:
-        key = (name, INT64)
+    def _table(self, name: str, values: npt.NDArray[Any]) -> ir.Value:
+        key = name, ir.DataType.from_numpy(values.dtype)
         if key not in self._constants:
             self._constants[key] = self.tape.op("Constant", [], {"value": ir.tensor(values)})
         return self._constants[key]
 
-    def _literal(self, name: str) -> int:
-        assert self._literals is not None
-        value = self._literals[name]
-        assert isinstance(value, int)
-        return value
+    def _ones(self, dtype: ir.DataType) -> ir.Value:
+        """Return the column of n ones that sums a row by MatMul."""
+        if self._literals is not None:
+            return self._table("row", np.ones((self._literals["n"], 1), dtype=dtype.numpy()))
+        one = ir.tensor(np.ones(1, dtype=dtype.numpy()))
+        return self.tape.op("ConstantOfShape", [self._shape(None, 1)], {"value": one})
+
+    def _shape(self, *sizes: int | None) -> ir.Value:
+        """Return a shape in which None stands for n."""
+        if self._literals is not None:
+            literal = [self._literals["n"] if size is None else size for size in sizes]
+            return self._table(str(literal), np.array(literal, dtype=np.int64))
+        op, vector = self.tape.op, self._table("vector", np.ones(1, dtype=np.int64))
+        parts = [
+            op("Reshape", [self._reference("n"), vector])
+            if size is None
+            else self._table(f"[{size}]", np.array([size], dtype=np.int64))
+            for size in sizes
+        ]
+        return op("Concat", parts, {"axis": 0})
 
     def _attribute(self, name: str, dtype: ir.DataType) -> ir.Value:
-        """Return an attribute of the function as a tensor."""
+        """Return an attribute of the function as a tensor of shape (1, 1)."""
         if self._literals is not None:
             return self._constant(self._literals[name], dtype)
-        key = ("attribute", name), dtype
+        key = f"attribute {name}", dtype
         if key not in self._constants:
-            field = "value_ints" if name == "axes" else "value_int"
-            value = self.tape.op("Constant", [], {field: self._reference(field, name)})
+            value = self.tape.op("Reshape", [self._reference(name), self._table("scalar", np.ones(2, dtype=np.int64))])
             self._constants[key] = value if dtype == INT64 else self.tape.op("Cast", [value], {"to": dtype})
         return self._constants[key]
 
-    @staticmethod
-    def _reference(field: str, name: str) -> ir.Attr:
-        kind = ir.AttributeType.INTS if name == "axes" else ir.AttributeType.INT
-        return ir.RefAttr(field, name, kind)
+    def _reference(self, name: str) -> ir.Value:
+        return self.tape.op("Constant", [], {"value_int": ir.RefAttr("value_int", name, ir.AttributeType.INT)})
+
+    def _attribute_of(self, field: str, name: str) -> ir.Attr:
+        """Return an attribute of the function as the attribute `field` of one of its nodes."""
+        if self._literals is None:
+            return ir.RefAttr(field, name, ir.AttributeType.INT)
+        return ir.AttrInt64(field, self._literals[name])
 
 
-def function(spec: LayerNormSpec, opset: int) -> ir.Function:
-    """Return the model-local function that computes every spec of this spec's layout."""
-    layout = Layout.of(spec)
+def function(spec: LayerNormSpec, layout: Layout, opset: int) -> ir.Function:
+    """Return the model-local function that computes every spec of a layout, of which `spec` is one."""
     body = Body(layout)
-    names = ["q", *tensors(spec, (spec.n,))]
-    inputs = {name: ir.Value(name=name) for name in names}
+    inputs = {name: ir.Value(name=name) for name in ("q", *tensors(spec))}
     output = body.write(inputs["q"], inputs)
     output.name = "y"
     graph = ir.Graph(
         list(inputs.values()), [output], nodes=body.tape.nodes, opset_imports={"": opset}, name=layout.name
     )
-    declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in attributes(spec, (-1,))]
+    declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in attributes(spec)]
     return ir.Function(DOMAIN, layout.name, graph=graph, attributes=declared)

@@ -1,0 +1,165 @@
+"""The integer subgraph by itself: exact in every consumer that the suite has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx_models import run_onnxruntime, run_reference
+from rows import adversarial, exponents_of, layer_of, noise, params_of
+
+import fxp_layernorm as fxp
+from fxp_layernorm import DType, ModelError, NormKind, reference
+from fxp_layernorm.export import subgraph, to_onnx
+
+CONSUMERS = pytest.mark.parametrize("run", [run_onnxruntime, run_reference])
+FORMS = pytest.mark.parametrize("form", ["inline", "function"])
+Run = Callable[..., list[np.ndarray]]  # type: ignore[type-arg]
+
+#: kind, n, input, output, largest exponent, lane
+CASES = [
+    (NormKind.LAYERNORM, 1, "int8", "int8", 0, None),
+    (NormKind.LAYERNORM, 2, "uint8", "int8", 0, None),
+    (NormKind.LAYERNORM, 64, "int8", "int8", 0, 24),
+    (NormKind.LAYERNORM, 120, "uint8", "int16", 3, 64),
+    (NormKind.LAYERNORM, 384, "int8", "uint8", 7, 32),
+    (NormKind.LAYERNORM, 384, "int16", "uint16", 7, 64),
+    (NormKind.LAYERNORM, 768, "uint16", "int8", 0, 32),
+    (NormKind.LAYERNORM, 1000, "int16", "int16", 0, 64),
+    (NormKind.RMSNORM, 96, "uint8", "int8", 0, 24),
+    (NormKind.RMSNORM, 384, "int8", "int8", 7, 32),
+    (NormKind.RMSNORM, 384, "int16", "int16", 0, 64),
+]
+
+
+def spec_of(
+    kind: NormKind, n: int, input: str, output: str, exponents: int, lane: int | None, *, shape: tuple[int, ...] = ()
+) -> fxp.LayerNormSpec:
+    layer = layer_of(kind, n)
+    layer.normalized_shape = shape or layer.normalized_shape
+    layer.weight = np.reshape(layer.gamma.reshape(-1), layer.normalized_shape) if not shape else None
+    if shape and isinstance(layer, fxp.LayerNorm):
+        layer.bias = None
+    chosen = exponents_of(n, exponents) if exponents else None
+    return fxp.plan(layer, params_of(input, exponents=chosen), params_of(output), lane=lane)
+
+
+@pytest.mark.parametrize(("kind", "n", "input", "output", "exponents", "lane"), CASES)
+@CONSUMERS
+@FORMS
+def test_graph_gives_the_reference_codes(
+    run: Run, form: str, kind: NormKind, n: int, input: str, output: str, exponents: int, lane: int | None
+) -> None:
+    spec = spec_of(kind, n, input, output, exponents, lane)
+    q = np.concatenate([adversarial(spec.input, n), noise(spec.input, n, 4)])
+    (y,) = run(to_onnx(spec, form=form), {"q": q})
+    assert y.dtype == spec.output.dtype.numpy
+    np.testing.assert_array_equal(y, reference.run(spec, q))
+
+
+@CONSUMERS
+@FORMS
+def test_several_axes_and_leading_dimensions(run: Run, form: str) -> None:
+    spec = spec_of(NormKind.LAYERNORM, 24, "int8", "int8", 0, None, shape=(4, 6))
+    q = noise(spec.input, 24, 10).reshape(2, 5, 4, 6)
+    (y,) = run(to_onnx(spec, form=form, leading=("batch", 5)), {"q": q})
+    np.testing.assert_array_equal(y, reference.run(spec, q))
+
+
+@CONSUMERS
+@FORMS
+@pytest.mark.parametrize(
+    ("shape", "leading"), [((24,), (0,)), ((24,), (2, 0)), ((4, 6), (2, 0)), ((24,), ()), ((4, 6), ())]
+)
+def test_no_rows_and_no_leading_dimension(
+    run: Run, form: str, shape: tuple[int, ...], leading: tuple[int, ...]
+) -> None:
+    spec = spec_of(NormKind.LAYERNORM, 24, "int8", "int8", 0, None, shape=shape)
+    q = noise(spec.input, 24, int(np.prod(leading))).reshape(*leading, *shape)
+    names = [f"d{index}" for index in range(len(leading))]
+    (y,) = run(to_onnx(spec, form=form, leading=names), {"q": q})
+    np.testing.assert_array_equal(y, reference.run(spec, q))
+
+
+def test_all_specs_of_a_layout_share_one_function() -> None:
+    specs = [spec_of(NormKind.LAYERNORM, n, input, output, 0, lane) for n, input, output, lane in (
+        (64, "int8", "int8", 24), (384, "uint8", "int16", 32), (768, "int8", "uint8", 24),
+    )]  # fmt: skip
+    functions = [to_onnx(spec, form="function").functions[0] for spec in specs]
+    assert all(f.SerializeToString() == functions[0].SerializeToString() for f in functions)
+    assert functions[0].domain == "fxp_layernorm"
+
+
+def test_function_node_holds_the_whole_spec() -> None:
+    spec = spec_of(NormKind.LAYERNORM, 384, "int8", "uint8", 7, 32)
+    model = to_onnx(spec, form="function")
+    (node,) = model.graph.node
+    held = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    assert held["n"] == 384
+    assert held["eps_code"] == spec.E
+    assert held["t_divisor"] == 1 << spec.s1
+    assert held["y_divisor"] == 1 << spec.s2
+    channels = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert channels["G"].tolist() == list(spec.G)
+    assert channels["B"].tolist() == list(spec.B)
+    assert channels["P"].tolist() == [1 << e for e in spec.input.channel_exponents(384)]
+
+
+def boundaries() -> list[int]:
+    powers = {(1 << k) + d for k in range(63) for d in range(-2, 3)}
+    roots = {r * r + d for k in range(1, 32) for r in ((1 << k) - 1, (1 << k), (1 << k) + 1) for d in range(-2, 3)}
+    seeds = {(i << s) + d for i in range(256, 1024, 7) for s in (8, 26, 52) for d in (-1, 0)}
+    return sorted(v for v in powers | roots | seeds if 0 < v < 1 << 62)
+
+
+@pytest.mark.parametrize("lane", [24, 32, 64])
+@CONSUMERS
+def test_root_and_reciprocal_at_every_boundary(run: Run, lane: int) -> None:
+    dtypes = ("int16", "int16") if lane == 64 else ("int8", "int8")
+    spec = spec_of(NormKind.LAYERNORM, 768, *dtypes, 0, lane)
+    layout = subgraph.Layout.of(spec)
+    body = subgraph.Body(layout, subgraph.attributes(spec))
+    V = ir.Value(name="V", shape=ir.Shape(["rows", 1]), type=ir.TensorType(ir.DataType.INT64))
+    r, R = body.reciprocal_root(V)
+    r.name, R.name = "r", "R"
+    for value in (r, R):
+        value.type = ir.TensorType(ir.DataType.INT64)
+    graph = ir.Graph([V], [r, R], nodes=body.tape.nodes, opset_imports={"": 17}, name="root")
+    values = boundaries()
+    # R has its proved width only where V is at least that of the smallest variance
+    smallest = spec.row_stage.codes.v0_min << 2 * spec.h
+    found_r, found_R = run(ir.to_proto(ir.Model(graph, ir_version=8)), {"V": np.array(values)[:, None]})
+    cut = fxp.proof.reciprocal_bits(spec.n) if lane == 64 else None
+    for value, have_r, have_R in zip(values, found_r.ravel().tolist(), found_R.ravel().tolist(), strict=True):
+        want_r, want_R = (
+            reference.reciprocal_root(value, n=768, m=spec.m, x=spec.K + spec.h, cut=cut)
+            if (value >= smallest)
+            else (reference.reciprocal_root(value, n=1, m=spec.m, x=0 if value < 4 else 31, cut=None)[0], have_R)
+        )
+        assert (have_r, have_R) == (want_r, want_R), value
+
+
+def test_word_that_cannot_hold_the_spec_is_refused() -> None:
+    import dataclasses
+
+    spec = spec_of(NormKind.LAYERNORM, 8, "int8", "int8", 0, 24)
+    with pytest.raises(ModelError, match="at least 16 bits"):
+        to_onnx(dataclasses.replace(spec, m=12))
+
+
+@pytest.mark.parametrize(("option", "match"), [({"word": "int25"}, "int64"), ({"form": "nodes"}, "function, inline")])
+def test_unknown_word_or_form(option: dict[str, str], match: str) -> None:
+    spec = spec_of(NormKind.LAYERNORM, 8, "int8", "int8", 0, 24)
+    with pytest.raises(ModelError, match=match):
+        to_onnx(spec, **option)
+
+
+@pytest.mark.parametrize("dtype", list(DType))
+def test_exported_model_is_valid_and_typed(dtype: DType) -> None:
+    model = to_onnx(spec_of(NormKind.LAYERNORM, 32, dtype, dtype, 0, None))
+    onnx.checker.check_model(model, full_check=True)
+    (output,) = model.graph.output
+    assert output.type.tensor_type.elem_type == onnx.helper.np_dtype_to_tensor_dtype(dtype.numpy)
