@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,6 +18,13 @@ from .proof import NormKind
 from .reference import check_codes
 from .spec import LayerNormSpec
 
+#: A thread takes at least this many elements by default: some 20 us of work, several times what handing it over costs.
+THREAD_ELEMENTS = 1 << 17
+#: Rows are copied in blocks of about this many elements when the output takes the place of the input.
+COPY_ELEMENTS = 1 << 16
+
+_Array = npt.NDArray[Any]
+
 
 class FxpLayerNorm:
     """A norm that takes integer codes and returns integer codes, by the Numba kernel of its spec.
@@ -20,6 +32,9 @@ class FxpLayerNorm:
     Parameters
     ----------
     spec : LayerNormSpec
+    threads : int, optional
+        How many threads a call uses at most. By default as many as the process may use cores, but one for small inputs.
+        The result doesn't depend on it.
 
     Examples
     --------
@@ -27,28 +42,16 @@ class FxpLayerNorm:
     >>> q_out = norm(norm.quantize(x))  # doctest: +SKIP
     """
 
-    def __init__(self, spec: LayerNormSpec) -> None:
+    def __init__(self, spec: LayerNormSpec, threads: int | None = None) -> None:
         self.spec = spec
-        lane = np.dtype(np.int64 if spec.lane == 64 else np.int32)
-        square = spec.row_stage.codes.largest**2
-        chunk = (2**31 - 1) // max(square, 1)
-        narrow = chunk >= 32  # sums in 32 bits pay once a few vectors fit between two carries
-        self._arguments = (
-            spec.input.zero_point,
-            np.array(spec.input.exponents or (), dtype=lane),
-            np.array(spec.G, dtype=lane),
-            np.array(spec.B, dtype=lane),
-            (
-                spec.m, spec.K + spec.h, spec.h, spec.E,
-                proof.reciprocal_bits(spec.n) if spec.lane == 64 else 63,
-                spec.s1, spec.s2, spec.output.dtype.lo, spec.output.dtype.hi,
-            ),
-            spec.kind is NormKind.LAYERNORM,
-            np.zeros(1, dtype=np.int32 if narrow else np.int64),
-            min(chunk, spec.n) if narrow else spec.n,
-        )  # fmt: skip
+        self.threads = _check_threads(threads)
+        self._n = spec.n
+        self._shape = spec.normalized_shape
+        self._in_dtype = spec.input.dtype.numpy
+        self._out_dtype = spec.output.dtype.numpy
+        self._arguments = _kernel_arguments(spec)
 
-    def __call__(self, q: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+    def __call__(self, q: npt.ArrayLike, out: _Array | None = None, *, threads: int | None = None) -> _Array:
         """Return the output codes of input codes.
 
         Parameters
@@ -57,26 +60,56 @@ class FxpLayerNorm:
             Codes of the dtype ``spec.input.dtype``. Arrays that are not C-contiguous are copied first.
         out : ndarray, optional
             Takes the result: of the shape of `q` and the dtype ``spec.output.dtype``. It may be `q` itself.
+        threads : int, optional
+            Takes the place of the constructor's for this call.
 
         Raises
         ------
         CodeTypeError, InputError
-            If the dtype or shape of `q` or `out` doesn't fit the spec, or `out` is read-only.
+            If the dtype or shape of `q` or `out` doesn't fit the spec, `out` is read-only, or `threads` is below 1.
         """
-        from . import kernels
-
-        codes = check_codes(self.spec, q)
+        # the whole check takes as long as the row of 768 elements that it guards
+        checked = type(q) is np.ndarray and q.dtype is self._in_dtype and q.ndim == 2 and q.shape[1:] == self._shape
+        codes: _Array = q if checked else check_codes(self.spec, q)  # type: ignore[assignment]
+        flags = codes.flags
+        if not (flags.c_contiguous and flags.aligned):
+            codes = codes.copy(order="C")
+        rows = codes.reshape(-1, self._n)
+        rows.setflags(write=False)  # one type of array for the kernel, whether the caller's is read-only or not
         if out is None:
-            out = np.empty(codes.shape, dtype=self.spec.output.dtype.numpy)
+            result = out = np.empty(codes.shape, dtype=self._out_dtype)
+            in_place = False
         else:
             self._check_out(out, codes.shape)
-        rows = np.ascontiguousarray(codes).reshape(-1, self.spec.n)
-        in_place = out.flags.c_contiguous and (out is q or not np.may_share_memory(out, rows))
-        result = out if in_place else np.empty(codes.shape, dtype=out.dtype)
-        kernels.run(rows, result.reshape(-1, self.spec.n), *self._arguments)
+            overlap = np.may_share_memory(out, rows)
+            in_place = overlap and out.ctypes.data == codes.ctypes.data and out.itemsize == codes.itemsize
+            fits = out.flags.c_contiguous and out.flags.aligned and (in_place or not overlap)
+            result = out if fits else np.empty(codes.shape, dtype=self._out_dtype)
+        self._run(rows, result.reshape(-1, self._n), in_place and result is out, threads)
         if result is not out:
             out[...] = result
         return out
+
+    def _run(self, rows: _Array, out: _Array, in_place: bool, threads: int | None) -> None:
+        threads = self.threads if threads is None else _check_threads(threads)
+        if threads is None:
+            threads = 1 if rows.size < 2 * THREAD_ELEMENTS else min(_cores(), rows.size // THREAD_ELEMENTS)
+        threads = min(threads, len(rows))
+        kernel = _kernel_in_place if in_place else _kernel()
+        if threads <= 1:
+            kernel(rows, out, *self._arguments)
+            return
+        # a few parts for each thread, so that one which has to share its core doesn't hold up the others
+        step = -(-len(rows) // (4 * threads))
+        parts = iter([slice(start, start + step) for start in range(0, len(rows), step)])
+        helpers = [_pool(threads - 1).submit(self._work, kernel, rows, out, parts) for _ in range(threads - 1)]
+        self._work(kernel, rows, out, parts)
+        for helper in helpers:
+            helper.result()
+
+    def _work(self, kernel: Callable[..., None], rows: _Array, out: _Array, parts: Iterator[slice]) -> None:
+        for part in parts:
+            kernel(rows[part], out[part], *self._arguments)
 
     def quantize(self, x: npt.ArrayLike) -> npt.NDArray[Any]:
         """Return the input codes of real values of shape (..., *normalized_shape)."""
@@ -106,3 +139,79 @@ class FxpLayerNorm:
             raise InputError(f"out has the shape {out.shape}; the codes have {shape}")
         if not out.flags.writeable:
             raise InputError("out is read-only")
+
+
+def _kernel_in_place(rows: _Array, out: _Array, *arguments: Any) -> None:
+    """Run the kernel where `out` is `rows`: on copies of a few rows, as LLVM makes no vectors of aliased arrays."""
+    step = max(1, COPY_ELEMENTS // rows.shape[1])
+    for start in range(0, len(rows), step):
+        copied = rows[start : start + step].copy()
+        copied.setflags(write=False)
+        _kernel()(copied, out[start : start + step], *arguments)
+
+
+@functools.cache
+def _kernel() -> Callable[..., None]:
+    """Load the kernel, and Numba with it, when it is first needed."""
+    from numba.core import event
+
+    from . import kernels
+
+    class Announce(event.Listener):
+        def on_start(self, event: Any) -> None:
+            if event.data.get("dispatcher") is kernels.run and sys.stderr.isatty():
+                q, out = event.data["args"][:2]
+                print(f"fxp-layernorm: compiling the kernel for {q.dtype} -> {out.dtype}, once", file=sys.stderr)
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    event.register("numba:compile", Announce())  # type: ignore[no-untyped-call]
+    return kernels.run  # type: ignore[no-any-return]
+
+
+def _kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
+    """Return what `kernels.run` takes after the codes and the output, in the narrowest types that the proof allows."""
+    lane, half = (np.int64, np.int32) if spec.lane == 64 else (np.int32, np.int16)
+    factor = max(spec.row_stage.t_max(spec.s1), *map(abs, spec.G))
+    exponents = None if spec.input.exponents is None else np.array(spec.input.exponents, dtype=np.int8)
+    # without exponents the kernel sums bytes without a sign, and wider codes around their middle
+    bits = 8 * spec.input.dtype.numpy.itemsize
+    largest = spec.row_stage.codes.largest if exponents is not None else 255 if bits == 8 else 1 << (bits - 1)
+    square = largest * largest
+    # 64 squares should fit between two carries; else they are summed in two parts, and as a last resort in 64 bits
+    wide = square >= 1 << 31
+    split = not wide and 64 * square >= 1 << 31
+    chunk = spec.n if wide else 1 << 15 if split else ((1 << 31) - 1) // square
+    constants = (
+        spec.input.zero_point, spec.m, spec.K + spec.h, spec.h, spec.E,
+        proof.reciprocal_bits(spec.n) if spec.lane == 64 else 63,
+        spec.s1, spec.s2, min(chunk, spec.n), spec.kind is NormKind.LAYERNORM, split,
+    )  # fmt: skip
+    return (
+        exponents,
+        np.array(spec.G, dtype=half if factor <= np.iinfo(half).max else lane),
+        np.array([offset + (1 << (spec.s2 - 1)) for offset in spec.B], dtype=lane),
+        np.array(constants, dtype=np.int64),
+        np.zeros(0, dtype=np.int64 if wide else np.int32),
+    )
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="fxp-layernorm")
+
+
+if hasattr(os, "register_at_fork"):  # threads don't survive a fork
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+@functools.cache
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_threads(threads: int | None) -> int | None:
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; it must be at least 1")
+    return threads
