@@ -1,0 +1,51 @@
+"""The subcommand `bench`: the kernels against their peers."""
+
+from __future__ import annotations
+
+import click
+
+from .common import Output, json_option, table
+
+
+@click.command()
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="For kernels and peers alike."
+)
+@click.option("--quick", is_flag=True, help="Three of the six shapes, for half a second each.")
+@json_option
+def bench(threads: int, quick: bool, as_json: bool) -> None:
+    """Measure the kernels against PyTorch, ONNX Runtime and a copy.
+
+    Each peer is measured if it is installed (pip install fxp-layernorm[bench]), on the same data, in turns with the
+    kernels. Rates are medians, in 1e9 elements a second; a ratio is how many times as fast as the peer the kernel is.
+    """
+    from .. import benchmark
+
+    output = Output(as_json)
+    shapes = benchmark.QUICK_SHAPES if quick else benchmark.SHAPES
+    with output.progress("measuring", len(shapes)) as advance:
+        document = benchmark.run(threads=threads, quick=quick, advance=advance)
+    peers = list(document["cases"][0]["ratio"])
+    environment = document["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    cases = [
+        (case["case"], case["lane"], case["gelem_per_s"], case["us"], *(case["ratio"][peer] for peer in peers))
+        for case in document["cases"]
+    ]
+    rates = {(entry["peer"], entry["shape"]): entry["gelem_per_s"] for entry in document["peers"]}
+    rows = [(shape, *(rates[peer, shape] for peer in peers)) for shape in dict.fromkeys(shape for _, shape in rates)]
+    first = [
+        (name, entry["seconds"], "read from the cache" if entry["cached"] else "compiled")
+        for name, entry in document["compile_s"].items()
+    ]
+    output.result(
+        document,
+        table(
+            f"{environment['cpu']}, {threads} thread{'s' if threads > 1 else ''}; {versions}",
+            ("kernel", "lane", "Gelem/s", "us", *(f"x {peer}" for peer in peers)),
+            cases,
+        ),
+        table("Peers, Gelem/s", ("shape", *peers), rows),
+        table("First call", ("kernel", "s", ""), first),
+    )
+    output.close(f"{len(cases)} cases measured")
