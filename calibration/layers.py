@@ -81,11 +81,15 @@ class NormCalibration:
             )  # fmt: skip
             return search.least(tried, error)
 
-        smallest = search.smallest_input_scale(layer.n, layer.eps)
         return plan(
             layer,
-            choose(DType.parse(input), self._input, input_error, smallest),
-            choose(DType.parse(output), self._output, output_error, 0.0),
+            choose(DType.parse(input), self._input, input_error, search.smallest_input_scale(layer.n, layer.eps)),
+            choose(
+                DType.parse(output),
+                self._output,
+                output_error,
+                search.smallest_output_scale(layer.n, layer.gamma, layer.beta),
+            ),
             lane=lane,
         )
 
@@ -164,4 +168,6 @@ def _is_array(samples: object) -> bool:
     """Whether samples are one array rather than an iterable of arrays: NumPy's, or nested lists of numbers."""
     if hasattr(samples, "__array__"):
         return True
-    return isinstance(samples, list | tuple) and not any(hasattr(item, "__array__") for item in samples)
+    return (
+        isinstance(samples, list | tuple) and bool(samples) and not any(hasattr(item, "__array__") for item in samples)
+    )

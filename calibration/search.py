@@ -107,9 +107,14 @@ def least(params: Iterable[QuantParams], error: Callable[[QuantParams], float]) 
 def smallest_input_scale(n: int, eps: float) -> float:
     """Return the scale below which eps, in units of squared codes, would not fit the row stage.
 
-    There eps exceeds the variance of any row by far, and one LSB of the input is less than 2**-28 of the output.
+    There one LSB of the input moves the normalized value by n * 2**-30, so that nothing is lost above it.
     """
     return n * math.sqrt(eps) * 2.0**-30
+
+
+def smallest_output_scale(n: int, gamma: Floats, beta: Floats) -> float:
+    """Return the scale below which the largest possible output would not fit 32 bits before it is clamped."""
+    return float(np.max(math.sqrt(n) * np.abs(gamma) + np.abs(beta))) * 2.0**-30
 
 
 def _scale(wanted: float, smallest: float) -> float:

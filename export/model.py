@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from onnx_ir.tape import Tape
@@ -207,45 +209,37 @@ def _quantize(tape: Tape, x: ir.Value, params: QuantParams, shape: tuple[int, ..
     if x.dtype != ir.DataType.FLOAT:
         x = op("Cast", [x], {"to": ir.DataType.FLOAT})
     if params.exponents is not None:
-        x = op("Mul", [x, _powers(tape, params.exponents, shape, -1)])
-    if _has_quantize_linear(params, opset):
-        return op("QuantizeLinear", [x, _scalar(tape, np.float32(params.scale)), _zero_point(tape, params)])
-    x = op("Round", [op("Div", [x, _scalar(tape, np.float32(params.scale))])])
-    x = op("Add", [x, _scalar(tape, np.float32(params.zero_point))])
-    low, high = (_scalar(tape, np.float32(end)) for end in (params.dtype.lo, params.dtype.hi))
-    return op("Cast", [op("Clip", [x, low, high])], {"to": ir.DataType.from_numpy(params.dtype.numpy)})
+        x = op("Mul", [x, _constant(tape, _powers(params, shape, -1))])
+    dtype, scale = params.dtype.numpy, _constant(tape, np.float32(params.scale))
+    if opset >= (13 if dtype.itemsize == 1 else 21):  # the first opset whose QuantizeLinear has the type
+        return op("QuantizeLinear", [x, scale, _constant(tape, dtype.type(params.zero_point))])
+    x = op("Add", [op("Round", [op("Div", [x, scale])]), _constant(tape, np.float32(params.zero_point))])
+    low, high = (_constant(tape, np.float32(end)) for end in (params.dtype.lo, params.dtype.hi))
+    return op("Cast", [op("Clip", [x, low, high])], {"to": ir.DataType.from_numpy(dtype)})
 
 
 def _dequantize(
     tape: Tape, q: ir.Value, params: QuantParams, shape: tuple[int, ...], opset: int, dtype: ir.DataType | None
 ) -> ir.Value:
     """Append ``(q - zero_point) * scale * 2**f``, as `QuantParams.dequantize` computes it, in the old output's type."""
-    op = tape.op
-    scale = _scalar(tape, np.float32(params.scale))
-    if _has_quantize_linear(params, opset):
-        y = op("DequantizeLinear", [q, scale, _zero_point(tape, params)])
+    op, scale = tape.op, _constant(tape, np.float32(params.scale))
+    # the first opset whose DequantizeLinear has the type, and for 8 bits the first that ONNX's own reference runs
+    if opset >= (19 if params.dtype.numpy.itemsize == 1 else 21):
+        y = op("DequantizeLinear", [q, scale, _constant(tape, params.dtype.numpy.type(params.zero_point))])
     else:
         y = op("Cast", [q], {"to": ir.DataType.FLOAT})
-        y = op("Mul", [op("Sub", [y, _scalar(tape, np.float32(params.zero_point))]), scale])
+        y = op("Mul", [op("Sub", [y, _constant(tape, np.float32(params.zero_point))]), scale])
     if params.exponents is not None:
-        y = op("Mul", [y, _powers(tape, params.exponents, shape, 1)])
+        y = op("Mul", [y, _constant(tape, _powers(params, shape, 1))])
     return y if dtype in (None, ir.DataType.FLOAT) else op("Cast", [y], {"to": dtype})
 
 
-def _has_quantize_linear(params: QuantParams, opset: int) -> bool:
-    """Whether the opset's QuantizeLinear has the type; those of 16 bits came with opset 21."""
-    return params.dtype.numpy.itemsize == 1 or opset >= 21
+def _powers(params: QuantParams, shape: tuple[int, ...], sign: int) -> npt.NDArray[np.float32]:
+    exponents = np.array(params.channel_exponents(math.prod(shape)), dtype=np.float32)
+    return np.exp2(sign * exponents).reshape(shape)
 
 
-def _powers(tape: Tape, exponents: tuple[int, ...], shape: tuple[int, ...], sign: int) -> ir.Value:
-    return _scalar(tape, np.exp2(sign * np.array(exponents, dtype=np.float32)).astype(np.float32).reshape(shape))
-
-
-def _zero_point(tape: Tape, params: QuantParams) -> ir.Value:
-    return _scalar(tape, np.array(params.zero_point, dtype=params.dtype.numpy))
-
-
-def _scalar(tape: Tape, value: object) -> ir.Value:
+def _constant(tape: Tape, value: npt.ArrayLike) -> ir.Value:
     return tape.op("Constant", [], {"value": ir.tensor(np.asarray(value))})
 
 

@@ -79,6 +79,7 @@ def load_model(model: Model) -> ir.Model:
         if isinstance(model, onnx.ModelProto):
             loaded = ir.from_proto(model)
         else:
+            Path(model).open("rb").close()  # for the system's own word on a file that can't be opened
             onnx.checker.check_model(str(model))
             loaded = ir.load(model)
     except OSError as error:

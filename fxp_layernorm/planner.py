@@ -48,9 +48,9 @@ def plan(
         If gamma or beta is not finite or has another shape, or the exponents don't fit the layer.
     """
     if lane is not None:
-        if lane not in proof.ROOT_BITS:
+        if not isinstance(lane, int | np.integer) or lane not in proof.ROOT_BITS:
             raise InputError(f"the lane is {lane!r}; it must be one of {', '.join(map(str, proof.ROOT_BITS))}")
-        return _plan_lane(layer, input, output, lane)
+        return _plan_lane(layer, input, output, int(lane))
     limit = MAX_EXCESS[output.dtype] if max_excess is None else max_excess
     planned: list[LayerNormSpec] = []
     refusals: list[PlanError] = []
@@ -71,6 +71,8 @@ def plan(
 def _plan_lane(layer: LayerNorm | RMSNorm, input: QuantParams, output: QuantParams, lane: int) -> LayerNormSpec:
     kind = NormKind.RMSNORM if isinstance(layer, RMSNorm) else NormKind.LAYERNORM
     gamma, beta = tuple(layer.gamma.tolist()), tuple(layer.beta.tolist())
+    if not (math.isfinite(layer.eps) and layer.eps >= 0):
+        raise InputError(f"eps is {layer.eps!r}; it must be finite and not negative")
     for name, params in (("input", input), ("output", output)):
         if params.exponents is not None and len(params.exponents) != layer.n:
             raise InputError(f"{name} has {len(params.exponents)} channel exponents; the layer normalizes {layer.n}")
@@ -119,8 +121,9 @@ def _epsilon(codes: CodeBounds, e: Fraction) -> tuple[int, int]:
         if (codes.v0_max << 2 * h) + E < 1 << proof.V_BITS:
             return h, E
     raise PlanError(
-        f"V is up to {codes.v0_max + _round(e):.4g}, beyond {proof.V_BITS} bits: {float(codes.v0_max):.4g} by the "
-        f"codes and {float(e):.4g} by eps; use a larger input scale, fewer input bits or smaller exponents"
+        f"V is up to {proof.power_of_two(codes.v0_max + e)}, beyond {proof.V_BITS} bits: "
+        f"{proof.power_of_two(codes.v0_max)} by the codes and {proof.power_of_two(e)} by eps; "
+        f"use a larger input scale, fewer input bits or smaller exponents"
     )
 
 
@@ -137,7 +140,8 @@ def _norm_bits(codes: CodeBounds, lane: int, F: int) -> int | None:
 
 def _output_shift(t_max: int, F: int, gain: proof.Floats, offset: proof.Floats, output: QuantParams, lane: int) -> int:
     """Return the largest s2 with which (8) and (9) keep their width, less than 1 where there is none."""
-    largest = float(np.max(t_max * 2.0**-F * np.abs(gain) + np.abs(offset))) + 0.5
+    with np.errstate(over="ignore"):
+        largest = float(np.max(t_max * 2.0**-F * np.abs(gain) + np.abs(offset))) + 0.5
     if not largest < 2.0**31:
         return 0
     # G and B may each be half a unit above their real values

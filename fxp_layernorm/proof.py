@@ -65,6 +65,15 @@ class Excess(float):
         self.channel = channel
         return self
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_excess, (float(self), dict(self.terms), self.channel)
+
+
+def _rebuild_excess(total: float, terms: dict[str, float], channel: int) -> Excess:
+    rebuilt = float.__new__(Excess, total)
+    rebuilt.terms, rebuilt.channel = terms, channel
+    return rebuilt
+
 
 @dataclass(frozen=True)
 class CodeBounds:
@@ -100,10 +109,8 @@ class CodeBounds:
         high = np.left_shift(np.int64(params.dtype.hi - params.zero_point), exponents)
         magnitude = np.maximum(np.abs(low), np.abs(high))
         largest = int(magnitude.max())
-        square_sum = sum(
-            count * int(u) ** 2 for u, count in zip(*np.unique(magnitude, return_counts=True), strict=True)
-        )
-        v0_max = n * int(square_sum)
+        values, counts = np.unique(magnitude, return_counts=True)
+        v0_max = n * sum(count * u**2 for u, count in zip(values.tolist(), counts.tolist(), strict=True))
         if kind is NormKind.RMSNORM:
             return cls(n, magnitude.astype(np.float64), largest, largest, n, v0_max, math.sqrt(n))
         spread = int(high.max() - low.min())
@@ -139,7 +146,7 @@ class RowStage:
         """Raise PlanError unless R, (u-c)*R, D, p and p's rounding fit the lane."""
         lane_limit = 2.0 ** (self.lane - 1)
         widest = self.r_max + self.codes.spread / 2 + 1 + 2.0 ** (s1 - 1)
-        if not widest < lane_limit:
+        if not max(widest, self.codes.spread) < lane_limit:
             raise PlanError(f"products of up to {widest:.4g} don't fit a lane of {self.lane} bits with K = {self.K}")
         mean_dividend = self.codes.n * (self.r_max + 1)
         if not mean_dividend < 2.0**63:
@@ -234,11 +241,13 @@ def stage_terms(
     codes = row.codes
     g = np.abs(gain)
     reach = np.maximum(np.abs(hi + 0.5 - offset), np.abs(lo - 0.5 - offset))
-    with np.errstate(divide="ignore"):
-        x = np.minimum(codes.x_max, np.where(g > 0, reach / g, codes.x_max)) * UP
+    with np.errstate(divide="ignore", over="ignore"):
+        # the clamp ends the error's growth where the computed output grows with the ideal one: where G has gamma's sign
+        grows = (g > 0) & (np.asarray(gain_error) <= g)
+        x = np.where(grows, np.minimum(codes.x_max, reach / g), codes.x_max) * UP
     em = 2.0 ** (1 - row.m)
     v = codes.v0_min + float(Fraction(E, 4**h))
-    e_error = float(abs(Fraction(E, 4**h) - e)) / (v + math.sqrt(v * (codes.v0_min + float(e)))) * UP
+    e_error = float(abs(Fraction(E, 4**h) - e)) / (v + math.sqrt(v) * math.sqrt(codes.v0_min + float(e))) * UP
     r_error = codes.deviation * 2.0 ** (-row.K - 1)
     if row.lane == 64:  # the rows that have y > 0 have small deviations, in proportion
         r_error = np.maximum(r_error, x * (1 + e_error) * 2.0 ** (row.m - reciprocal_bits(codes.n) - 1) / codes.n)
@@ -266,14 +275,23 @@ def excess(spec: LayerNormSpec) -> Excess:
     return Excess(terms)
 
 
+def power_of_two(value: int | Fraction) -> str:
+    """Return a positive number of any size as a power of two, for messages."""
+    fraction = Fraction(value)
+    bits = math.log2(fraction.numerator) - math.log2(fraction.denominator) if fraction else 0.0
+    return f"2^{bits:.1f}"
+
+
 def check_widths(spec: LayerNormSpec) -> None:
     """Raise PlanError, with the figure, if a value of the spec could leave its width."""
     row = spec.row_stage
     v_max = (row.codes.v0_max << 2 * spec.h) + spec.E
-    if v_max >= 1 << V_BITS:
-        raise PlanError(f"V is up to {v_max:.4g}, beyond {V_BITS} bits; use fewer input bits or a larger input scale")
+    if v_max >= 1 << V_BITS or epsilon_in_codes(spec.n, spec.eps, spec.input.scale) >= 1 << V_BITS:
+        raise PlanError(
+            f"V is up to {power_of_two(v_max)}, beyond {V_BITS} bits; use fewer input bits or a larger scale"
+        )
     if spec.K + spec.h + spec.m - ((v_max.bit_length() + 1) >> 1) < 0:
-        raise PlanError(f"the reciprocal has no bits left with K = {spec.K} and V up to {v_max:.4g}")
+        raise PlanError(f"the reciprocal has no bits left with K = {spec.K} and V up to {power_of_two(v_max)}")
     row.check(spec.s1)
     t_max, half = row.t_max(spec.s1), 1 << (spec.s2 - 1)
     widest = max(t_max * abs(G) + abs(B) for G, B in zip(spec.G, spec.B, strict=True)) + half

@@ -88,23 +88,26 @@ class QuantParams:
         exponents: Sequence[int] | npt.NDArray[np.integer[Any]] | None = None,
     ) -> None:
         dtype = DType.parse(dtype)
-        scale = float(scale)
+        try:
+            scale, zero = float(scale), int(zero_point)
+            integers = None if exponents is None else [int(e) for e in exponents]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"the scale must be a number, zero point and exponents integers: {error}") from error
         if not (math.isfinite(scale) and SMALLEST_SCALE <= scale <= LARGEST_SCALE):
             raise InputError(f"the scale is {scale!r}; it must be a normal, positive float32 number")
-        if not dtype.lo <= zero_point <= dtype.hi or int(zero_point) != zero_point:
+        if not dtype.lo <= zero_point <= dtype.hi or zero != zero_point:
             raise InputError(f"the zero point is {zero_point!r}; {dtype} codes go from {dtype.lo} to {dtype.hi}")
-        if exponents is not None:
-            bad = [e for e in exponents if int(e) != e or not 0 <= e <= LARGEST_EXPONENT]
-            if bad:
-                raise InputError(f"a channel exponent is {bad[0]}; it must be an integer from 0 to {LARGEST_EXPONENT}")
-            exponents = tuple(int(e) for e in exponents)
-            if not any(exponents):
-                exponents = None
+        if exponents is not None and integers is not None:
+            for given, integer in zip(exponents, integers, strict=True):
+                if given != integer or not 0 <= integer <= LARGEST_EXPONENT:
+                    raise InputError(
+                        f"a channel exponent is {given}; it must be an integer from 0 to {LARGEST_EXPONENT}"
+                    )
         set_field = object.__setattr__
         set_field(self, "dtype", dtype)
         set_field(self, "scale", scale)
-        set_field(self, "zero_point", int(zero_point))
-        set_field(self, "exponents", exponents)
+        set_field(self, "zero_point", zero)
+        set_field(self, "exponents", tuple(integers) if integers and any(integers) else None)
 
     def channel_exponents(self, n: int) -> tuple[int, ...]:
         """Return the exponents of `n` channels, zeros where there are none."""
@@ -153,7 +156,9 @@ class QuantParams:
             raise CodeTypeError(f"codes of type {array.dtype} were given where {self.dtype} is expected")
         self._check_channels(array.shape)
         centred = (array.astype(np.int32) - self.zero_point).astype(np.float32)
-        values: npt.NDArray[np.float32] = centred * np.float32(self.scale) * np.asarray(self._steps(), dtype=np.float32)
+        with np.errstate(over="ignore"):  # beyond float32's range the value is infinite, as in ONNX
+            values: npt.NDArray[np.float32] = centred * np.float32(self.scale)
+            values *= np.asarray(self._steps(), dtype=np.float32)
         return values
 
     def _check_channels(self, shape: tuple[int, ...]) -> None:

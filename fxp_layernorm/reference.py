@@ -55,7 +55,7 @@ def row_stages(spec: LayerNormSpec, codes: list[int]) -> RowStages:
     t, y = [], []
     half1, half2 = 1 << (spec.s1 - 1), 1 << (spec.s2 - 1)
     for v, G, B in zip(u, spec.G, spec.B, strict=True):
-        p = _fit(_fit((v - c) * R, lane, "(u - c) * R") - D, lane, "p")  # (6)
+        p = _fit(_fit(_fit(v - c, lane, "u - c") * R, lane, "(u - c) * R") - D, lane, "p")  # (6)
         t.append(_fit(p + half1, lane, "p + half") >> spec.s1)  # (7)
         a = _fit(t[-1] * G + B, proof.OUTPUT_BITS[lane], "a")  # (8)
         shifted = _fit(a + half2, proof.OUTPUT_BITS[lane], "a + half") >> spec.s2  # (9)

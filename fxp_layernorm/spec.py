@@ -81,6 +81,8 @@ class LayerNormSpec:
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from {low} to {high}")
+        if any(abs(value) >= 1 << 62 for value in (*self.G, *self.B)):
+            raise InputError("G and B must be below 2**62 in magnitude")
         if self.F < 0:
             raise InputError(f"s1 = {self.s1} is beyond K = {self.K}")
         proof.check_widths(self)

@@ -57,7 +57,7 @@ def model_with_norms(
                 "LayerNormalization",
                 inputs,
                 [output],
-                name=f"norm{index}" if named else "norm",
+                name=f"norm{index}" if named else "",
                 axis=axis,
                 epsilon=1e-5,
             ),

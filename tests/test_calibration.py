@@ -1,0 +1,229 @@
+"""Calibration: ranges, choices, streams, and what is said of bad data."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx_models import N, feeds, model_with_norms
+
+import fxp_layernorm as fxp
+from fxp_layernorm import DataError, DType, InputError, export
+from fxp_layernorm.calibration import MinMaxObserver, ModelCalibration, RowSample, calibrate, calibrate_model, search
+from fxp_layernorm.calibration.search import Method
+from fxp_layernorm.runtime import Feeds, Session
+
+RNG = np.random.default_rng(0)
+
+
+def samples(n: int = 48, rows: int = 300) -> np.ndarray[Any, np.dtype[np.float64]]:
+    x = np.random.default_rng(3).normal(size=(rows, n))
+    x[:, 5] *= 30
+    x[:, 7] += 4
+    return x
+
+
+def test_minmax_observer_is_that_of_all_rows() -> None:
+    x = samples()
+    observer = MinMaxObserver(48)
+    for part in np.array_split(x, 7):
+        observer.update(part)
+    np.testing.assert_array_equal(observer.low, x.min(axis=0))
+    np.testing.assert_array_equal(observer.high, x.max(axis=0))
+    assert observer.rows == 300
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.integers(1, 12))
+def test_row_sample_is_evenly_spaced_and_bounded(parts: list[int], capacity: int) -> None:
+    sample, total = RowSample(capacity), 0
+    for size in parts:
+        sample.update(np.arange(total, total + size, dtype=float)[:, None])
+        total += size
+    if not total:
+        return
+    kept = sample.rows()[:, 0]
+    assert kept[0] == 0
+    assert len(kept) <= capacity
+    stride = kept[1] - kept[0] if len(kept) > 1 else total
+    np.testing.assert_array_equal(kept, np.arange(len(kept)) * stride)
+    assert len(kept) * 2 > capacity or stride == 1 or capacity == 1
+
+
+@pytest.mark.parametrize("dtype", list(DType))
+@pytest.mark.parametrize("exponents", [0, 3, 7])
+def test_minmax_scales_hold_every_value(dtype: DType, exponents: int) -> None:
+    x = samples()
+    tried = list(search.candidates(dtype, x.min(0), x.max(0), method=Method.MINMAX, exponents=exponents))
+    for params in tried:
+        error = np.abs(params.dequantize(params.quantize(x)) - x)
+        step = params.scale * np.exp2(params.channel_exponents(48))
+        # half a step, and the zero point's rounding at the ends
+        assert (error <= step * (1.01 if exponents == 0 else 0.51)).all()
+        assert max(params.channel_exponents(48)) <= exponents
+        assert np.float32(params.scale) == params.scale  # a float32 border has the very same scale
+    assert len(tried) == (1 if exponents == 0 else 8)
+
+
+def test_exponents_are_the_smallest_that_hold_a_channel() -> None:
+    x = samples()
+    for params in search.candidates(DType.INT8, x.min(0), x.max(0), method=Method.MINMAX, exponents=7):
+        reach = params.scale * 127 * np.exp2(np.array(params.channel_exponents(48)) - 1.0)
+        smaller_would_do = (reach >= np.abs(x).max(0) * 1.001) & (np.array(params.channel_exponents(48)) > 0)
+        assert not smaller_would_do.any()
+
+
+def test_mse_is_never_worse_than_minmax_on_its_samples() -> None:
+    layer, x = fxp.LayerNorm(48), samples()
+    for exponents in (0, 7):
+        noise = {}
+        for method in Method:
+            spec = calibrate(layer, x, method=method, exponents=exponents)
+            seen = spec.input.dequantize(spec.input.quantize(x))
+            noise[method] = float(np.sum(np.square(layer(seen.astype(np.float64)) - layer(x))))
+        assert noise[Method.MSE] <= noise[Method.MINMAX]
+
+
+def test_exponents_serve_outlier_channels() -> None:
+    layer, x = fxp.LayerNorm(48), samples()
+    noise = []
+    for exponents in (0, 7):
+        norm = fxp.FxpLayerNorm(calibrate(layer, x, exponents=exponents))
+        noise.append(float(np.mean(np.square(norm.forward(x) - layer(x)))))
+    assert noise[1] * 9 < noise[0]
+
+
+def test_defaults_by_width() -> None:
+    x = samples()
+    assert calibrate(fxp.LayerNorm(48), x).input.exponents is not None
+    wide = calibrate(fxp.LayerNorm(48), x, "int16", "int16")
+    assert wide.input.exponents is None
+    assert wide.output.exponents is None
+
+
+def test_stream_gives_the_same_spec_as_one_array() -> None:
+    x = samples().astype(np.float32)
+    whole = calibrate(fxp.LayerNorm(48), x)
+    assert calibrate(fxp.LayerNorm(48), iter(np.array_split(x, 9))) == whole
+    assert calibrate(fxp.LayerNorm(48), x.tolist()).normalized_shape == (48,)
+    assert calibrate(fxp.LayerNorm(48), [x[:100], x[100:]]) == whole
+
+
+@pytest.mark.parametrize("value", [0.0, 3.25, -2.0, 1e-30, 1e30])
+def test_constant_samples(value: float) -> None:
+    """Constant rows have no variance: the output is that of beta, whatever the scale."""
+    layer = fxp.LayerNorm(8)
+    layer.bias = np.linspace(-1, 1, 8)
+    x = np.full((5, 8), value)
+    norm = fxp.FxpLayerNorm(calibrate(layer, x))
+    step = norm.spec.output.scale * 2.0 ** max(norm.spec.output.channel_exponents(8))
+    np.testing.assert_allclose(norm.forward(x), layer(np.zeros((5, 8))), atol=(0.5 + norm.spec.excess) * step)
+
+
+def test_inputs_far_below_eps_still_plan() -> None:
+    layer = fxp.LayerNorm(64, eps=1e-2)
+    x = RNG.normal(size=(50, 64)) * 1e-9
+    norm = fxp.FxpLayerNorm(calibrate(layer, x, "int16", "int16"))
+    step = norm.spec.input.scale / np.sqrt(1e-2)  # what one LSB of the input moves the output by
+    assert step < 1e-7
+    np.testing.assert_allclose(norm.forward(x), layer(x), atol=step + norm.spec.output.scale)
+
+
+def test_several_normalized_dimensions() -> None:
+    layer = fxp.LayerNorm((4, 12))
+    x = samples().reshape(300, 4, 12)
+    norm = fxp.FxpLayerNorm(calibrate(layer, x))
+    assert norm.forward(x).shape == x.shape
+    assert float(np.mean(np.square(norm.forward(x) - layer(x)))) < 1e-3
+
+
+def test_model_observes_what_the_arrays_hold() -> None:
+    model, data = model_with_norms(), feeds()
+    params = calibrate_model(model, Feeds(data))
+    for norm, entry in zip(export.find_norms(export.load_model(model)), params.norms, strict=True):
+        session = Session(export.load_model(model), [norm.input])
+        assert norm.layer is not None
+        arrays = [session.run(feed)[norm.input] for feed in data]
+        spec = calibrate(norm.layer, arrays)
+        # the model's own float32 output may differ from the layer's float64 in the last bit, and so may the output scale
+        assert entry.spec.input == spec.input
+        assert entry.spec.output.scale == pytest.approx(spec.output.scale, rel=1e-5)
+        assert entry.rows == sum(array.size // N for array in arrays)
+        assert entry.sqnr_db is not None
+        assert 25 < entry.sqnr_db < 60
+
+
+def test_feeds_are_run_once_and_let_go() -> None:
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    def stream() -> Iterator[dict[str, Any]]:
+        nonlocal most
+        for index in range(12):
+            x = np.random.default_rng(index).normal(size=(2, 5, N)).astype(np.float32)
+            alive.append(weakref.ref(x))
+            gc.collect()
+            most = max(most, sum(reference() is not None for reference in alive))
+            yield {"x": x}
+
+    calibration = ModelCalibration(model_with_norms())
+    calibration.observe(Feeds(stream))
+    assert len(alive) == 12
+    assert most <= 2
+    assert calibration.params().feeds == 12
+
+
+def test_record_of_what_went_in() -> None:
+    model, data = model_with_norms(), feeds()
+    first, again = (calibrate_model(model, Feeds(data)) for _ in range(2))
+    assert first == again
+    other = calibrate_model(model, Feeds(data[:2]))
+    assert other.data_sha256 != first.data_sha256
+    assert other.model_sha256 == first.model_sha256
+    assert (first.input_method, first.output_method) == ("mse", "mse")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite(bad: float) -> None:
+    x = samples()
+    x[17, 3] = bad
+    with pytest.raises(
+        DataError, match="sample 0: 1 values are NaN or infinite, in 1 channels of which the first is 3"
+    ):
+        calibrate(fxp.LayerNorm(48), x)
+    data = feeds()
+    data[1]["x"][0, 0, 2] = bad
+    with pytest.raises(DataError, match=r"feed 1, norm 'norm0': \d+ values are NaN or infinite"):
+        calibrate_model(model_with_norms(), Feeds(data))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (([],), DataError, "no row"),
+        ((np.zeros((0, 48)),), DataError, "no row"),
+        ((np.zeros((3, 47)),), InputError, r"sample 0: .*\(3, 47\).*\(48,\)"),
+        ((np.float64(3),), InputError, "sample 0: .*shape"),
+        (([np.zeros((2, 48)), np.array(["a"])],), InputError, "sample 1: real values"),
+        ((samples(), "int4"), InputError, "int4.*int8, uint8, int16, uint16"),
+        ((samples(), "int8", "float32"), InputError, "float32"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        calibrate(fxp.LayerNorm(48), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"method": "best"}, "minmax, mse"), ({"exponents": -1}, "from 0 to 15"), ({"exponents": 16}, "from 0 to 15"),
+     ({"exponents": 2.5}, "from 0 to 15"), ({"lane": 48}, "24, 32, 64")],
+)  # fmt: skip
+def test_bad_options(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        calibrate(fxp.LayerNorm(48), samples(), **options)

@@ -1,0 +1,230 @@
+"""Norms in whole models: found, replaced, and exact to the last bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx_models import N, feeds, model_with_norms, run_onnxruntime, run_reference
+
+from fxp_layernorm import FxpLayerNorm, ModelError, export
+from fxp_layernorm.calibration import calibrate_model
+from fxp_layernorm.params import ModelParams
+from fxp_layernorm.runtime import Feeds
+
+FORMS = pytest.mark.parametrize("form", ["inline", "function"])
+
+#: What differs between models: the builder's options, and those of the feeds.
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "last axis": ({}, {}),
+    "positive axis": ({"axis": 2}, {}),
+    "two axes": ({"shape": ("batch", 5, N), "axis": 1, "parameters": (5, N)}, {"shape": (2, 5, N), "count": 1}),
+    "all axes": ({"shape": (3, N), "axis": 0, "parameters": (3, N)}, {"shape": (3, N), "count": 1}),
+    "no bias": ({"bias": False}, {}),
+    "tied weights": ({"tied": True}, {}),
+    "no names": ({"named": False}, {}),
+    "float16": ({"dtype": TensorProto.FLOAT16}, {"dtype": "float16"}),
+    "opset 21": ({"opset": 21, "ir_version": 10}, {}),
+    "four dimensions": ({"shape": ("a", "b", "c", N)}, {"shape": (2, 3, 2, N)}),
+}
+
+
+def replaced(
+    model: onnx.ModelProto, data: list[dict[str, Any]], form: str = "inline", **options: Any
+) -> tuple[onnx.ModelProto, ModelParams]:
+    params = calibrate_model(model, Feeds(data), **options)
+    return export.quantize_model(model, params, form=form), params
+
+
+@pytest.mark.parametrize("case", MODELS)
+@FORMS
+def test_replaced_norms_are_exact(case: str, form: str) -> None:
+    options, feed_options = MODELS[case]
+    model, data = model_with_norms(**options), feeds(**feed_options)
+    exported, params = replaced(model, data, form)
+    assert len(params.norms) == 2
+    result = export.verify(model, exported, params, Feeds(data))
+    assert result.exact
+    assert result.mismatches == 0
+    assert result.norms[0].border_mismatches == 0
+    assert result.codes == sum(2 * feed["x"].size for feed in data)
+    assert all(check.cosine > 0.999 for check in result.outputs)
+    onnx.checker.check_model(exported, full_check=True)
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+@pytest.mark.parametrize("types", [("int16", "uint16"), ("uint8", "int16"), ("int16", "int8")])
+def test_types_of_the_border(opset: int, types: tuple[str, str]) -> None:
+    """16-bit QuantizeLinear came with opset 21; below it the border is spelled out, with the same codes."""
+    model, data = model_with_norms(opset=opset, ir_version=10), feeds()
+    exported, params = replaced(model, data, input=types[0], output=types[1])
+    assert export.verify(model, exported, params, Feeds(data)).exact
+    operators = {node.op_type for node in exported.graph.node}
+    assert ("QuantizeLinear" in operators) == (opset == 21 or types[0] == "uint8")
+
+
+@FORMS
+def test_onnx_reference_gives_the_same_outputs(form: str) -> None:
+    model, data = model_with_norms(1), feeds(1)
+    exported, params = replaced(model, data, form)
+    place = export.exported_norms(export.load_model(exported))[0]
+    for name, dtype in ((place.codes_in, TensorProto.INT8), (place.codes_out, TensorProto.INT8)):
+        exported.graph.output.append(helper.make_tensor_value_info(name, dtype, None))
+    *_, codes_in, codes_out = run_reference(exported, data[0])
+    np.testing.assert_array_equal(FxpLayerNorm(params.norms[0].spec)(codes_in), codes_out)
+
+
+def test_rest_of_the_model_is_left_alone() -> None:
+    model = model_with_norms(3, tied=True)
+    params = calibrate_model(model, Feeds(feeds()))
+    some = dataclasses.replace(params, norms=params.norms[:2])
+    exported = export.quantize_model(model, some, form="inline")
+    kept = [node for node in exported.graph.node if node.op_type == "LayerNormalization"]
+    assert [node.name for node in kept] == ["norm2"]
+    old = {tensor.name: tensor for tensor in model.graph.initializer}
+    new = {tensor.name: tensor for tensor in exported.graph.initializer}
+    for name in kept[0].input[1:]:
+        np.testing.assert_array_equal(numpy_helper.to_array(new[name]), numpy_helper.to_array(old[name]))
+    assert exported.opset_import[0].version == 17
+    assert exported.ir_version == model.ir_version
+    assert {entry.key: entry.value for entry in exported.metadata_props}["author"] == "someone"
+    assert exported.graph.input == model.graph.input
+    assert [value.name for value in exported.graph.output] == ["y", "pooled"]
+    dims = exported.graph.output[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", "tokens", N]
+
+
+@FORMS
+def test_names_are_unique(form: str) -> None:
+    model = model_with_norms()
+    model.graph.node[0].output[0] = model.graph.node[1].input[0] = "norm0/codes_in"  # a name that export would take
+    exported, _ = replaced(model, feeds(), form)
+    values = [name for node in exported.graph.node for name in node.output]
+    values += [tensor.name for tensor in exported.graph.initializer]
+    assert len(set(values)) == len(values)
+    names = [node.name for node in exported.graph.node]
+    assert len(set(names)) == len(names)
+
+
+def test_norms_between_input_and_output_of_the_graph() -> None:
+    """A norm that reads the model's input and writes its output has no other value to go by."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", N])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", N])
+    gamma = numpy_helper.from_array(np.ones(N, dtype=np.float32), "gamma")
+    graph = helper.make_graph([helper.make_node("LayerNormalization", ["x", "gamma"], ["y"])], "g", [x], [y], [gamma])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    data = [{"x": np.random.default_rng(0).normal(size=(9, N)).astype(np.float32)}]
+    exported, params = replaced(model, data)
+    assert params.norms[0].name == "y"  # a node without a name goes by its output
+    assert export.verify(model, exported, params, Feeds(data)).exact
+
+
+def test_inspect_says_why_a_norm_stays() -> None:
+    def blockers(model: onnx.ModelProto) -> list[str | None]:
+        return [norm.blocker for norm in export.find_norms(export.load_model(model))]
+
+    assert blockers(model_with_norms()) == [None, None]
+    computed = model_with_norms(1)
+    computed.graph.node.insert(0, helper.make_node("Identity", ["x_gamma"], ["gamma0"]))
+    del computed.graph.initializer[1]
+    computed.graph.input.append(helper.make_tensor_value_info("x_gamma", TensorProto.FLOAT, [N]))
+    assert blockers(computed) == ["its scale or bias is computed by the model"]
+    statistics = model_with_norms(1)
+    statistics.graph.node[3].output.extend(["mean", "deviation"])
+    statistics.graph.output.append(helper.make_tensor_value_info("deviation", TensorProto.FLOAT, None))
+    assert blockers(statistics) == ["its mean or inverse deviation is used"]
+    with pytest.raises(ModelError, match="no LayerNormalization that can be replaced; norm0: its mean"):
+        calibrate_model(statistics, Feeds(feeds()))
+
+
+def test_verify_sees_a_changed_code_and_a_changed_border() -> None:
+    model, data = model_with_norms(), feeds()
+    exported, params = replaced(model, data, "function")
+    offsets = next(tensor for tensor in exported.graph.initializer if tensor.name == "norm1/B")
+    changed = numpy_helper.to_array(offsets).copy()
+    changed[3] += 1 << (params.norms[1].spec.s2 - 2)  # a quarter of an LSB in one channel
+    offsets.CopyFrom(numpy_helper.from_array(changed, offsets.name))
+    result = export.verify(model, exported, params, Feeds(data))
+    assert not result.exact
+    assert [norm.mismatches > 0 for norm in result.norms] == [False, True]
+    assert result.norms[1].border_mismatches == 0
+
+    exported, params = replaced(model, data, "function")
+    quantize = next(node for node in exported.graph.node if node.op_type == "QuantizeLinear")
+    scale = next(node for node in exported.graph.node if node.output[0] == quantize.input[1])
+    value = numpy_helper.to_array(scale.attribute[0].t) * np.float32(1.001)
+    scale.attribute[0].t.CopyFrom(numpy_helper.from_array(np.asarray(value, dtype=np.float32)))
+    result = export.verify(model, exported, params, Feeds(data))
+    assert not result.exact
+    assert [norm.mismatches for norm in result.norms] == [0, 0]
+    assert result.norms[0].border_mismatches > 0
+
+
+def test_parameters_of_another_model_are_refused() -> None:
+    model = model_with_norms(2)
+    params = calibrate_model(model, Feeds(feeds()))
+    with pytest.raises(ModelError, match="no norm 'norm1'"):
+        export.quantize_model(model_with_norms(1), params)
+    with pytest.raises(ModelError, match="'norm1' has another shape, eps, scale or bias"):
+        export.quantize_model(model_with_norms(2, tied=True), params)
+    exported = export.quantize_model(model, dataclasses.replace(params, norms=params.norms[:1]))
+    with pytest.raises(ModelError, match="'norm1' is in only one of"):
+        export.verify(model, exported, params, Feeds(feeds()))
+    with pytest.raises(ModelError, match="has no integer norms"):
+        export.verify(model, model, params, Feeds(feeds()))
+
+
+def test_function_form_needs_an_ir_version_with_functions() -> None:
+    model = model_with_norms(ir_version=7)
+    params = calibrate_model(model, Feeds(feeds()))
+    with pytest.raises(ModelError, match="IR version 8; the model has 7. Use --form inline"):
+        export.quantize_model(model, params, form="function")
+    assert export.verify(model, export.quantize_model(model, params, form="inline"), params, Feeds(feeds())).exact
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x08\x12\x04abcd" * 3])
+def test_files_that_are_no_models(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.onnx"):
+        export.load_model(path)
+
+
+def test_truncated_model(tmp_path: Path) -> None:
+    whole = model_with_norms().SerializeToString()
+    for length in range(1, len(whole), 97):
+        path = tmp_path / "model.onnx"
+        path.write_bytes(whole[:length])
+        with pytest.raises(ModelError, match=r"model\.onnx"):
+            export.load_model(path)
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="can't be read"):
+        export.load_model(tmp_path / "none.onnx")
+    with pytest.raises(ModelError, match="can't be read"):
+        export.load_model(tmp_path)
+
+
+def test_models_are_left_as_they_were() -> None:
+    model = model_with_norms()
+    before = model.SerializeToString(deterministic=True)
+    replaced(model, feeds())
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_float_outputs_are_those_of_the_kernel() -> None:
+    """The whole way by hand: quantize, kernel and dequantize give the exported model's floats, to the last bit."""
+    model, data = model_with_norms(1), feeds()
+    exported, params = replaced(model, data, "inline")
+    spec = params.norms[0].spec
+    model.graph.output.append(helper.make_tensor_value_info("sum0", TensorProto.FLOAT, None))
+    for feed in data:
+        *_, x = run_onnxruntime(model, feed)
+        y, _ = run_onnxruntime(exported, feed)
+        np.testing.assert_array_equal(FxpLayerNorm(spec).forward(x), y)
