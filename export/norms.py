@@ -75,19 +75,16 @@ def load_model(model: Model) -> ir.Model:
     """
     if isinstance(model, ir.Model):
         return model
+    name = "the model" if isinstance(model, onnx.ModelProto) else Path(model)
     try:
-        if isinstance(model, onnx.ModelProto):
-            loaded = ir.from_proto(model)
-        else:
-            Path(model).open("rb").close()  # for the system's own word on a file that can't be opened
-            onnx.checker.check_model(str(model))
-            loaded = ir.load(model)
+        loaded = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else ir.load(model)
     except OSError as error:
-        raise ModelError(f"{model} can't be read: {error.strerror or error}") from error
-    except Exception as error:  # protobuf, the checker and onnx_ir share no base
-        name = "the model" if isinstance(model, onnx.ModelProto) else Path(model)
+        raise ModelError(f"{name} can't be read: {error.strerror or error}") from error
+    except Exception as error:  # protobuf and onnx_ir share no base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{name} is not a valid ONNX model: {reason}") from error
+    if not loaded.graph.opset_imports or not len(loaded.graph):
+        raise ModelError(f"{name} is not a valid ONNX model: it has no opset or no node; it may be cut short")
     ir.passes.common.ShapeInferencePass()(loaded)
     return loaded
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,22 +102,21 @@ def model_path() -> Path:
 
 def texts() -> list[str]:
     """Return docstrings of the standard library, white space folded, in an order that mixes the modules."""
-    found: dict[str, None] = {}
-    for name in _MODULES:
-        try:
-            members = vars(importlib.import_module(name))
-        except ImportError:  # not every build of Python has all of them
-            continue
-        for key in sorted(members):
-            member = members[key]
-            if key.startswith("_") or not (inspect.isroutine(member) or inspect.isclass(member)):
-                continue
-            text = " ".join((inspect.getdoc(member) or "").split())
-            if len(text) >= 60:
-                found[text] = None
-    ordered = list(found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some modules announce their end when they are looked at
+        ordered = list(dict.fromkeys(text for name in _MODULES for text in _docstrings(name) if len(text) >= 60))
     np.random.default_rng(0).shuffle(ordered)
     return ordered
+
+
+def _docstrings(module: str) -> Iterator[str]:
+    try:
+        members = vars(importlib.import_module(module))
+    except ImportError:  # not every build of Python has all of them
+        return
+    for key in sorted(members):
+        if not key.startswith("_") and (inspect.isroutine(members[key]) or inspect.isclass(members[key])):
+            yield " ".join((inspect.getdoc(members[key]) or "").split())
 
 
 def feeds(batch_texts: list[str]) -> Iterator[Feed]:

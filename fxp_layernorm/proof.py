@@ -286,9 +286,10 @@ def check_widths(spec: LayerNormSpec) -> None:
     """Raise PlanError, with the figure, if a value of the spec could leave its width."""
     row = spec.row_stage
     v_max = (row.codes.v0_max << 2 * spec.h) + spec.E
-    if v_max >= 1 << V_BITS or epsilon_in_codes(spec.n, spec.eps, spec.input.scale) >= 1 << V_BITS:
+    widest_v = max(Fraction(v_max), epsilon_in_codes(spec.n, spec.eps, spec.input.scale))
+    if widest_v >= 1 << V_BITS:
         raise PlanError(
-            f"V is up to {power_of_two(v_max)}, beyond {V_BITS} bits; use fewer input bits or a larger scale"
+            f"V is up to {power_of_two(widest_v)}, beyond {V_BITS} bits; use fewer input bits or a larger scale"
         )
     if spec.K + spec.h + spec.m - ((v_max.bit_length() + 1) >> 1) < 0:
         raise PlanError(f"the reciprocal has no bits left with K = {spec.K} and V up to {power_of_two(v_max)}")

@@ -91,7 +91,8 @@ def _function(source: str) -> Callable[[], Iterable[Feed]]:
 
 def _read_npz(path: Path) -> Feed:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, Mapping):
                 raise DataError(f"{path} holds a single array; a .npz with one array an input is expected")
             return dict(archive)

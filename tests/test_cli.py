@@ -1,0 +1,200 @@
+"""The command line: results, closing lines and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnx_models import N, feeds, model_with_norms
+
+from fxp_layernorm.cli import COMMANDS, main
+
+
+def run(*arguments: object, code: int = 0) -> click.testing.Result:
+    result = click.testing.CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def document(*arguments: object, code: int = 0) -> Any:
+    return json.loads(run(*arguments, "--json", code=code).stdout)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    onnx.save(model_with_norms(), tmp_path / "model.onnx")
+    (tmp_path / "data").mkdir()
+    for index, feed in enumerate(feeds()):
+        np.savez(tmp_path / "data" / f"{index}.npz", allow_pickle=False, **feed)
+    return tmp_path
+
+
+@pytest.fixture
+def calibrated(folder: Path) -> Path:
+    run("calibrate", folder / "model.onnx", "--data", folder / "data", "-o", folder / "params.json")
+    return folder
+
+
+@pytest.fixture
+def exported(calibrated: Path) -> Path:
+    run("export", calibrated / "model.onnx", calibrated / "params.json", "-o", calibrated / "out.onnx")
+    return calibrated
+
+
+def test_inspect(folder: Path) -> None:
+    norms = document("inspect", folder / "model.onnx")["norms"]
+    assert [norm["name"] for norm in norms] == ["norm0", "norm1"]
+    first = {"kind": "layernorm", "form": "LayerNormalization", "axes": [-1], "n": N, "input": "sum0", "output": "h0"}
+    assert first.items() <= norms[0].items()
+    assert norms[0]["epsilon"] == pytest.approx(1e-5)
+    result = run("inspect", folder / "model.onnx")
+    assert "LayerNormalization" in result.stdout
+    assert result.stderr.splitlines()[-1].startswith("PASSED | 2 norms, 2 can be replaced | ")
+
+
+def test_whole_way(folder: Path) -> None:
+    model, data, params, out = (folder / name for name in ("model.onnx", "data", "params.json", "out.onnx"))
+    norms = document("calibrate", model, "--data", data, "-o", params, "--input", "uint8", "--exponents", 3)["norms"]
+    assert [norm["name"] for norm in norms] == ["norm0", "norm1"]
+    assert all(0 < norm["excess_lsb"] < 0.2 and norm["sqnr_db"] > 20 for norm in norms)
+    assert json.loads(params.read_text())["norms"][0]["spec"]["input"]["dtype"] == "uint8"
+    for form in ("function", "inline"):
+        exported = document("export", model, params, "-o", out, "--form", form)
+        assert exported["replaced"] == 2
+        assert exported["nodes_added"] == len(onnx.load(out).graph.node) - len(onnx.load(model).graph.node)
+        verified = document("verify", model, out, params, "--data", data)
+        assert verified["exact"] is True
+        assert [(norm["name"], norm["mismatches"]) for norm in verified["norms"]] == [("norm0", 0), ("norm1", 0)]
+        assert {check["name"] for check in verified["outputs"]} == {"y", "pooled"}
+        assert all(check["cosine"] > 0.999 and check["sqnr_db"] > 25 for check in verified["outputs"])
+
+
+def test_closing_line_of_verify(exported: Path) -> None:
+    arguments = (exported / "model.onnx", exported / "out.onnx", exported / "params.json", "--data", exported / "data")
+    codes = sum(2 * feed["x"].size for feed in feeds())
+    result = run("verify", *arguments)
+    assert result.stderr.splitlines()[-1].startswith(f"PASSED | 2 norms, 0 of {codes:,} codes differ | ")
+    model = onnx.load(exported / "out.onnx")
+    gain = next(tensor for tensor in model.graph.initializer if tensor.name == "norm0/G")
+    gain.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(gain) * 2, gain.name))
+    onnx.save(model, exported / "out.onnx")
+    result = run("verify", *arguments, code=1)
+    assert result.stderr.splitlines()[-1].startswith("FAILED | 2 norms, ")
+    assert document("verify", *arguments, code=1)["exact"] is False
+
+
+def test_calibrating_twice_gives_the_same_file(calibrated: Path) -> None:
+    again = calibrated / "again.json"
+    run("calibrate", calibrated / "model.onnx", "--data", calibrated / "data", "-o", again)
+    assert again.read_bytes() == (calibrated / "params.json").read_bytes()
+
+
+BAD: dict[str, tuple[tuple[str, ...], str]] = {
+    "no command": (("frobnicate",), "No such command"),
+    "no model": (("inspect", "{}/none.onnx"), "none.onnx can't be read: No such file"),
+    "not a model": (("inspect", "{}/params.json"), "is not a valid ONNX model"),
+    "no data": (("calibrate", "{}/model.onnx", "-o", "{}/p.json"), "--data"),
+    "data that is nowhere": (("calibrate", "{}/model.onnx", "--data", "{}/none", "-o", "{}/p.json"), "neither a file"),
+    "a lacking input": (("calibrate", "{}/model.onnx", "--data", "{}/lacking.npz", "-o", "{}/p.json"), "lacks the input 'x'"),
+    "a wrong rank": (("calibrate", "{}/model.onnx", "--data", "{}/rank.npz", "-o", "{}/p.json"), "takes 3 dimensions"),
+    "values that are not finite": (
+        ("calibrate", "{}/model.onnx", "--data", "{}/nan.npz", "-o", "{}/p.json"), "NaN or infinite"
+    ),
+    "a model without norms": (
+        ("calibrate", "{}/plain.onnx", "--data", "{}/data", "-o", "{}/p.json"), "no LayerNormalization"
+    ),
+    "a type that is none": (
+        ("calibrate", "{}/model.onnx", "--data", "{}/data", "-o", "{}/p.json", "--input", "int4"), "int4"
+    ),
+    "an exponent out of range": (
+        ("calibrate", "{}/model.onnx", "--data", "{}/data", "-o", "{}/p.json", "--exponents", "16"), "16"
+    ),
+    "a folder that is not there": (
+        ("calibrate", "{}/model.onnx", "--data", "{}/data", "-o", "{}/none/p.json"), "can't be written: No such file"
+    ),
+    "a folder in the file's place": (
+        ("export", "{}/model.onnx", "{}/params.json", "-o", "{}/data"), "is a folder"
+    ),
+    "parameters that are truncated": (("export", "{}/model.onnx", "{}/cut.json", "-o", "{}/o.onnx"), "cut short"),
+    "parameters of a later schema": (("export", "{}/model.onnx", "{}/later.json", "-o", "{}/o.onnx"), "schema version 99"),
+    "parameters of another model": (("export", "{}/one.onnx", "{}/params.json", "-o", "{}/o.onnx"), "no norm 'norm1'"),
+    "a word that is none": (("export", "{}/model.onnx", "{}/params.json", "-o", "{}/o.onnx", "--word", "int9"), "int9"),
+    "a model that was not exported": (
+        ("verify", "{}/model.onnx", "{}/model.onnx", "{}/params.json", "--data", "{}/data"), "has no integer norms"
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bad")
+    onnx.save(model_with_norms(), path / "model.onnx")
+    onnx.save(model_with_norms(1), path / "one.onnx")
+    plain = model_with_norms(1)
+    plain.graph.node[3].CopyFrom(onnx.helper.make_node("Identity", ["sum0"], ["y"]))
+    onnx.save(plain, path / "plain.onnx")
+    (path / "data").mkdir()
+    for index, feed in enumerate(feeds()):
+        np.savez(path / "data" / f"{index}.npz", allow_pickle=False, **feed)
+    x = feeds(1)[0]["x"]
+    for name, feed in {"lacking": {"z": x}, "rank": {"x": x[0]}, "nan": {"x": x * np.float32(np.nan)}}.items():
+        np.savez(path / f"{name}.npz", allow_pickle=False, **feed)
+    run("calibrate", path / "model.onnx", "--data", path / "data", "-o", path / "params.json")
+    text = (path / "params.json").read_text()
+    (path / "cut.json").write_text(text[: len(text) // 2])
+    (path / "later.json").write_text(text.replace('"schema_version": 1', '"schema_version": 99', 1))
+    return path
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_use_is_told_in_a_line_or_two(case: str, bad_folder: Path) -> None:
+    arguments, message = BAD[case]
+    before = sorted(bad_folder.iterdir())
+    result = run(*(argument.format(bad_folder) for argument in arguments), code=2)
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert len([line for line in result.stderr.splitlines() if line.startswith("Error")]) == 1
+    assert sorted(bad_folder.iterdir()) == before
+
+
+def test_old_file_survives_a_failed_run(bad_folder: Path) -> None:
+    before = (bad_folder / "params.json").read_bytes()
+    run(
+        "calibrate",
+        bad_folder / "model.onnx",
+        "--data",
+        bad_folder / "nan.npz",
+        "-o",
+        bad_folder / "params.json",
+        code=2,
+    )
+    assert (bad_folder / "params.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command: str) -> None:
+    text = run(command, "--help").stdout
+    assert "Usage: " in text
+    assert len(text.splitlines()) > 8
+
+
+def test_process_without_a_terminal(folder: Path) -> None:
+    """As a script sees it: results alone on standard output, one closing line and nothing else on standard error."""
+    arguments = ["calibrate", "model.onnx", "--data", "data", "-o", "params.json", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from fxp_layernorm.cli import main; main()", *arguments],
+        cwd=folder, env={**os.environ, "PYTHONWARNINGS": "error"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert len(json.loads(done.stdout)["norms"]) == 2
+    assert done.stderr.startswith("PASSED | 2 norms calibrated")
+    assert done.stderr.count("\n") == 1
