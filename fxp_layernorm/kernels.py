@@ -16,6 +16,9 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+#: So many channels are done in all rows of a block before the next, as their G and B then stay in the first cache.
+TILE = 2048
+
 
 def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Return Numba's decorator; what it compiles is cached, unless no folder for it is writable."""
@@ -153,8 +156,8 @@ def moments(q, i, zero_point, exponents, accumulator, chunk, split):  # type: ig
 
 
 @_inlined
-def elements(q, out, i, zero_point, exponents, G, B, R, M, s1, s2):  # type: ignore[no-untyped-def]
-    """Compute the output codes of row i (equations 6 to 9) in the type of B, that of the lane.
+def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2):  # type: ignore[no-untyped-def]
+    """Compute output codes of row i (equations 6 to 9) in the type of B, that of the lane.
 
     M and B hold their rounding halves, and M the zero point too if there are no exponents. A type of G that is
     narrower than the lane promises that t fits it as well, which halves the work of their product.
@@ -163,7 +166,7 @@ def elements(q, out, i, zero_point, exponents, G, B, R, M, s1, s2):  # type: ign
     R, M, zero, s1, s2 = lane(R), lane(M), lane(zero_point), lane(s1), lane(s2)
     limits = np.iinfo(out.dtype)
     lo, hi = lane(limits.min), lane(limits.max)
-    for k in range(q.shape[1]):
+    for k in range(np.uint64(start), np.uint64(stop)):
         u = lane(q[i, k])
         if exponents is not None:
             u = np.left_shift(np.subtract(u, zero), lane(exponents[k]))
@@ -192,5 +195,7 @@ def run(q, out, exponents, G, B, constants, accumulator):  # type: ignore[no-unt
             V0 = n * Q[k] - (S[k] * S[k] if centred else np.int64(0))
             scale, offset = row_scale(S[k], V0, n, m, x, h, E, cut, centred)
             R[k], M[k] = scale, offset + folded * scale - (np.int64(1) << (s1 - 1))
-        for k in range(count):
-            elements(q, out, start + k, zero_point, exponents, G, B, R[k], M[k], s1, s2)
+        for left in range(0, n, TILE):
+            right = min(left + TILE, n)
+            for k in range(count):
+                elements(q, out, start + k, left, right, zero_point, exponents, G, B, R[k], M[k], s1, s2)

@@ -1,0 +1,150 @@
+"""Where the kernel's time goes: moments, row stage and elements over n, and whole calls over the number of rows.
+
+Prints a table, and draws docs/performance.svg:  python benchmarks/stages.py --plot docs/performance.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+from rich.console import Console
+from rich.table import Table
+
+from fxp_layernorm import kernels
+from fxp_layernorm.benchmark import PAIRINGS, Pairing, environment
+from fxp_layernorm.inference import FxpLayerNorm
+
+LENGTHS = (16, 32, 64, 128, 256, 512, 768, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+ROWS = tuple(1 << k for k in range(15))
+#: Codes for each measurement: they and their output stay in a cache of 1 MB.
+ELEMENTS = 1 << 18
+
+_jit = njit(nogil=True, error_model="numpy")
+
+
+@_jit
+def moments_stage(q, S, Q, zero_point, exponents, accumulator, chunk, split):  # type: ignore[no-untyped-def]
+    """Run the first pass alone."""
+    kernels._widest_vectors()  # type: ignore[call-arg]
+    for i in range(q.shape[0]):
+        S[i], Q[i] = kernels.moments(q, i, zero_point, exponents, accumulator, chunk, split)
+
+
+@_jit
+def row_stage(S, Q, R, M, n, m, x, h, E, cut):  # type: ignore[no-untyped-def]
+    """Run the row stage alone."""
+    kernels._widest_vectors()  # type: ignore[call-arg]
+    for i in range(S.size):
+        R[i], M[i] = kernels.row_scale(S[i], n * Q[i] - S[i] * S[i], n, m, x, h, E, cut, True)
+
+
+@_jit
+def elements_stage(q, out, zero_point, exponents, G, B, R, M, s1, s2):  # type: ignore[no-untyped-def]
+    """Run the second pass alone."""
+    kernels._widest_vectors()  # type: ignore[call-arg]
+    for i in range(q.shape[0]):
+        kernels.elements(q, out, i, 0, q.shape[1], zero_point, exponents, G, B, R[i], M[i], s1, s2)
+
+
+def fastest(call: Callable[[], object], seconds: float = 0.2) -> float:
+    """Return the shortest time of a call: what the code takes where nothing disturbs it."""
+    call()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def codes_and_norm(pairing: Pairing, rows: int, n: int) -> tuple[np.ndarray[Any, Any], FxpLayerNorm]:
+    """Return codes of three quarters of the type's range, and a norm for them."""
+    limits = np.iinfo(pairing.input)
+    low, high = int(limits.min) * 3 // 4, int(limits.max) * 3 // 4
+    return np.random.default_rng(0).integers(low, high, (rows, n)).astype(pairing.input), pairing.norm(n)
+
+
+def stages(pairing: Pairing, n: int) -> dict[str, float]:
+    """Return the nanoseconds a row of each stage, of the whole call and of a copy."""
+    rows = max(ELEMENTS // n, 8)
+    q, norm = codes_and_norm(pairing, rows, n)
+    out = norm(q)
+    exponents, G, B, constants, accumulator = norm._arguments
+    zero_point, m, x, h, E, cut, s1, s2, chunk, _, split = (int(value) for value in constants)
+    S, Q, R, M = np.zeros((4, rows), dtype=np.int64)
+    calls: dict[str, Callable[[], object]] = {
+        "moments": lambda: moments_stage(q, S, Q, zero_point, exponents, accumulator, chunk, bool(split)),
+        "row stage": lambda: row_stage(S, Q, R, M, n, m, x, h, E, cut),
+        "elements": lambda: elements_stage(q, out, zero_point, exponents, G, B, R, M, s1, s2),
+        "call": lambda: norm(q, out=out, threads=1),
+        "copy": lambda: np.copyto(out, q, casting="unsafe"),
+    }
+    return {name: fastest(call) / rows * 1e9 for name, call in calls.items()}
+
+
+def calls_over_rows(pairing: Pairing, n: int = 768) -> dict[int, float]:
+    """Return the microseconds of a call for each number of rows, one thread."""
+    times = {}
+    for rows in ROWS:
+        q, norm = codes_and_norm(pairing, rows, n)
+        out = norm(q)
+        times[rows] = fastest(lambda norm=norm, q=q, out=out: norm(q, out=out, threads=1)) * 1e6  # type: ignore[misc]
+    return times
+
+
+def draw(path: str, by_length: dict[int, dict[str, float]], by_rows: dict[str, dict[int, float]]) -> None:
+    """Draw both as one figure."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.fonttype"] = "none"
+    mpl.rcParams["svg.hashsalt"] = "fxp-layernorm"
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lengths = list(by_length)
+    parts = [[by_length[n][stage] / n for n in lengths] for stage in ("moments", "row stage", "elements")]
+    left.stackplot(
+        lengths, parts, labels=("moments", "row stage", "elements"), colors=("#9ecae1", "#fdae6b", "#3182bd")
+    )
+    left.plot(lengths, [by_length[n]["call"] / n for n in lengths], "k-", label="whole call")
+    left.plot(lengths, [by_length[n]["copy"] / n for n in lengths], "k:", label="copy")
+    left.set(
+        xscale="log", xlabel="n, elements a row", ylabel="ns an element", title="int8 -> int8, by stage", ylim=(0, None)
+    )
+    left.legend()
+    for name, times in by_rows.items():
+        right.plot(list(times), list(times.values()), label=name)
+    right.set(xscale="log", yscale="log", xlabel="rows of 768", ylabel="us a call", title="Whole calls, one thread")
+    right.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--plot", metavar="FILE", help="draw the figure, too; needs matplotlib")
+    arguments = parser.parse_args()
+    console = Console(width=120)
+    console.print(environment()["cpu"])
+    for pairing in PAIRINGS:
+        table = Table(
+            "n", "moments", "row stage", "elements", "call", "copy", "call, Gelem/s", title=f"{pairing}, ns a row"
+        )
+        by_length = {}
+        for n in LENGTHS if pairing is PAIRINGS[0] else (64, 768, 4096):
+            by_length[n] = times = stages(pairing, n)
+            table.add_row(f"{n:,}", *(f"{value:,.1f}" for value in times.values()), f"{n / times['call']:.2f}")
+        console.print(table)
+        if pairing is PAIRINGS[0]:
+            lengths = by_length
+    if arguments.plot:
+        draw(arguments.plot, lengths, {str(pairing): calls_over_rows(pairing) for pairing in PAIRINGS})
+
+
+if __name__ == "__main__":
+    main()
