@@ -146,7 +146,7 @@ def write_feeds(folder: Path, data: list[Feed]) -> Feeds:
     folder.mkdir(parents=True, exist_ok=True)
     for index, feed in enumerate(data):
         with files.atomic_path(folder / f"{index:03d}.npz") as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **feed)
+            np.savez(file, **feed)  # type: ignore[arg-type]  # the stubs take any keyword for an option
     return Feeds(folder)
 
 

