@@ -136,7 +136,7 @@ def moments(q, i, zero_point, exponents, accumulator, chunk, split):  # type: ig
         for k in range(np.uint64(start), np.uint64(min(start + chunk, n))):
             u = sum_type(q[i, k])
             if exponents is not None:
-                u = np.left_shift(np.subtract(u, zero), sum_type(exponents[k]))
+                u = np.left_shift(np.subtract(u, zero) if zero else u, sum_type(exponents[k]))
             elif q.itemsize == 1:
                 u = np.bitwise_xor(np.bitwise_and(u, sum_type(255)), sum_type(-origin))
             else:
@@ -169,7 +169,7 @@ def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2):
     for k in range(np.uint64(start), np.uint64(stop)):
         u = lane(q[i, k])
         if exponents is not None:
-            u = np.left_shift(np.subtract(u, zero), lane(exponents[k]))
+            u = np.left_shift(np.subtract(u, zero) if zero else u, lane(exponents[k]))
         t = np.right_shift(np.subtract(np.multiply(u, R), M), s1)
         a = np.add(np.multiply(lane(factor(t)), lane(G[k])), B[k])
         out[i, k] = out.dtype.type(min(max(np.right_shift(a, s2), lo), hi))
