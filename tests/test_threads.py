@@ -48,11 +48,15 @@ def test_any_number_of_rows_can_be_shared_out(rows: int) -> None:
 
 def test_large_inputs_use_the_cores_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = make(n=64)
-    pools = []
+    pools: list[int] = []
+    pool = inference._pool
+
+    def counted(workers: int) -> ThreadPoolExecutor:
+        pools.append(workers)
+        return pool(workers)
+
     monkeypatch.setattr(inference, "_cores", lambda: 3)
-    monkeypatch.setattr(
-        inference, "_pool", lambda workers, pool=inference._pool: pools.append(workers) or pool(workers)
-    )
+    monkeypatch.setattr(inference, "_pool", counted)
     large = codes(norm, 3 * inference.THREAD_ELEMENTS // 64)
     small = large[: inference.THREAD_ELEMENTS // 64]
     one = norm(large, threads=1)
