@@ -142,10 +142,11 @@ def _output_shift(t_max: int, F: int, gain: proof.Floats, offset: proof.Floats, 
     """Return the largest s2 with which (8) and (9) keep their width, less than 1 where there is none."""
     with np.errstate(over="ignore"):
         largest = float(np.max(t_max * 2.0**-F * np.abs(gain) + np.abs(offset))) + 0.5
-    if not largest < 2.0**31:
+    if not (largest < 2.0**31 and t_max < 2**31):
         return 0
     # G and B may each be half a unit above their real values
-    room = (proof.output_limit(lane) - t_max / 2 - 1) / (
-        max(largest, output.dtype.hi - output.dtype.lo + 1.0) * proof.UP
-    )
+    codes = output.dtype.hi - output.dtype.lo + 1.0
+    room = (proof.output_limit(lane) - t_max / 2 - 1) / (max(largest, codes) * proof.UP)
+    # t and G are factors of 32 bits in lane 64 too: their product is then one instruction on most machines
+    room = min(room, (2.0**31 - 1) * 2.0**F / max(float(np.max(np.abs(gain))) * proof.UP, 2.0**-62))
     return math.frexp(room)[1] - 1 if room > 0 else 0
