@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from ._version import __version__
 from .errors import FxpError, InputError, SpecFileError
 
 T = TypeVar("T")
+
+#: How pydantic reads the dataclasses that are written to files: no unknown key, no conversion.
+STRICT: Any = {"extra": "forbid", "strict": True}
 
 
 @contextmanager
@@ -73,7 +77,7 @@ def load_json(cls: type[T], path: str | Path, *, schema_version: int) -> T:
 
     source = Path(path)
     try:
-        document = json.loads(source.read_text(encoding="utf-8"))
+        document = json.loads(source.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except OSError as error:
         raise SpecFileError(f"{source} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -81,17 +85,24 @@ def load_json(cls: type[T], path: str | Path, *, schema_version: int) -> T:
     if not isinstance(document, dict):
         raise SpecFileError(f"{source} holds a {type(document).__name__}; an object with a schema_version is expected")
     found = document.pop("schema_version", None)
-    if found != schema_version:
+    if type(found) is not int or found != schema_version:
         raise SpecFileError(
             f"{source} has the schema version {found!r}; this version of fxp-layernorm ({__version__}) reads "
             f"{schema_version}. Make the file anew, or install the version that wrote it"
         )
     document.pop("producer", None)
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(document), strict=True)
+        return TypeAdapter(cls).validate_json(json.dumps(document))
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the document"
-        raise SpecFileError(f"{source}: {place}: {first['msg']}") from error
+        raise SpecFileError(f"{source}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
     except FxpError as error:
         raise SpecFileError(f"{source}: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} is given twice")
+    return dict(pairs)

@@ -30,6 +30,8 @@ class NormParams:
     spec : LayerNormSpec
     """
 
+    __pydantic_config__ = files.STRICT
+
     name: str
     input: str
     output: str
@@ -52,6 +54,8 @@ class ModelParams:
         The calibration methods.
     norms : tuple of NormParams
     """
+
+    __pydantic_config__ = files.STRICT
 
     model_sha256: str
     data_sha256: str

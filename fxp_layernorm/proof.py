@@ -298,6 +298,9 @@ def check_widths(spec: LayerNormSpec) -> None:
     widest = max(t_max * abs(G) + abs(B) for G, B in zip(spec.G, spec.B, strict=True)) + half
     widest = max(widest, (spec.output.dtype.hi - spec.output.dtype.lo + 1) << spec.s2)
     if widest >= output_limit(spec.lane):
-        raise PlanError(f"outputs are up to {widest:.4g} before their shift, beyond {OUTPUT_BITS[spec.lane]} bits")
+        bits = OUTPUT_BITS[spec.lane]
+        raise PlanError(f"outputs are up to {power_of_two(widest)} before their shift, beyond {bits} bits")
     if widest >> spec.s2 >= 1 << 31:
-        raise PlanError(f"outputs are up to {widest >> spec.s2:.4g} LSB before they are clamped, beyond 32 bits")
+        raise PlanError(
+            f"outputs are up to {power_of_two(widest >> spec.s2)} LSB before they are clamped, beyond 32 bits"
+        )

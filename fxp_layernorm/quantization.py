@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CodeTypeError, InputError
+from .files import STRICT
 
 #: Scales are confined to float32's normal numbers, because the float side of a border is mostly float32.
 SMALLEST_SCALE = 2.0**-126
@@ -75,6 +76,8 @@ class QuantParams:
         For a scale, zero point or exponent outside its range.
     """
 
+    __pydantic_config__ = STRICT
+
     dtype: DType
     scale: float
     zero_point: int
@@ -87,27 +90,35 @@ class QuantParams:
         zero_point: int = 0,
         exponents: Sequence[int] | npt.NDArray[np.integer[Any]] | None = None,
     ) -> None:
-        dtype = DType.parse(dtype)
-        try:
-            scale, zero = float(scale), int(zero_point)
-            integers = None if exponents is None else [int(e) for e in exponents]
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"the scale must be a number, zero point and exponents integers: {error}") from error
-        if not (math.isfinite(scale) and SMALLEST_SCALE <= scale <= LARGEST_SCALE):
-            raise InputError(f"the scale is {scale!r}; it must be a normal, positive float32 number")
-        if not dtype.lo <= zero_point <= dtype.hi or zero != zero_point:
-            raise InputError(f"the zero point is {zero_point!r}; {dtype} codes go from {dtype.lo} to {dtype.hi}")
-        if exponents is not None and integers is not None:
-            for given, integer in zip(exponents, integers, strict=True):
-                if given != integer or not 0 <= integer <= LARGEST_EXPONENT:
-                    raise InputError(
-                        f"a channel exponent is {given}; it must be an integer from 0 to {LARGEST_EXPONENT}"
-                    )
         set_field = object.__setattr__
         set_field(self, "dtype", dtype)
         set_field(self, "scale", scale)
-        set_field(self, "zero_point", zero)
-        set_field(self, "exponents", tuple(integers) if integers and any(integers) else None)
+        set_field(self, "zero_point", zero_point)
+        set_field(self, "exponents", None if exponents is None else tuple(exponents))
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        dtype = DType.parse(self.dtype)
+        try:
+            scale = float(self.scale)
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(f"the scale is {self.scale!r}; it must be a number") from None
+        if not (math.isfinite(scale) and SMALLEST_SCALE <= scale <= LARGEST_SCALE):
+            raise InputError(f"the scale is {scale!r}; it must be a normal, positive float32 number")
+        zero_point = _integer(self.zero_point)
+        if zero_point is None or not dtype.lo <= zero_point <= dtype.hi:
+            raise InputError(f"the zero point is {self.zero_point!r}; {dtype} codes go from {dtype.lo} to {dtype.hi}")
+        exponents = []
+        for value in self.exponents or ():
+            exponent = _integer(value)
+            if exponent is None or not 0 <= exponent <= LARGEST_EXPONENT:
+                raise InputError(f"a channel exponent is {value}; it must be an integer from 0 to {LARGEST_EXPONENT}")
+            exponents.append(exponent)
+        set_field = object.__setattr__
+        set_field(self, "dtype", dtype)
+        set_field(self, "scale", scale)
+        set_field(self, "zero_point", zero_point)
+        set_field(self, "exponents", tuple(exponents) if any(exponents) else None)
 
     def channel_exponents(self, n: int) -> tuple[int, ...]:
         """Return the exponents of `n` channels, zeros where there are none."""
@@ -164,6 +175,14 @@ class QuantParams:
     def _check_channels(self, shape: tuple[int, ...]) -> None:
         if self.exponents is not None and (not shape or shape[-1] != len(self.exponents)):
             raise InputError(f"an array of shape {shape} can't have {len(self.exponents)} channel exponents")
+
+
+def _integer(value: Any) -> int | None:
+    """Return a value as an int, None where it is no integer."""
+    try:
+        return int(value) if int(value) == value else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _as_float(x: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
