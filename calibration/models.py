@@ -40,7 +40,7 @@ class ModelCalibration:
         if not self.norms:
             blocked = [f"{norm.name}: {norm.blocker}" for norm in find_norms(loaded)]
             raise ModelError(
-                "the model has no LayerNormalization that can be replaced" + "".join(f"; {b}" for b in blocked)
+                "the model has no norm that can be replaced" + "".join(f"; {b}" for b in blocked)
             )
         values = dict.fromkeys(value for norm in self.norms for value in (norm.input, norm.output))
         self._session = Session(loaded, list(values))

@@ -155,7 +155,8 @@ def _check_same(norm: Norm | None, entry: NormParams) -> None:
         raise ModelError(f"the norm {entry.name!r} can't be replaced: {norm.blocker}")
     spec, layer = entry.spec, norm.layer
     same = (
-        spec.normalized_shape == layer.normalized_shape
+        spec.kind is norm.kind
+        and spec.normalized_shape == layer.normalized_shape
         and spec.eps == layer.eps
         and spec.gamma == tuple(layer.gamma.tolist())
         and spec.beta == tuple(layer.beta.tolist())

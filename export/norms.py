@@ -16,8 +16,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from ..errors import ModelError
-from ..layer import LayerNorm
+from ..layer import LayerNorm, RMSNorm
 from ..proof import NormKind
+
+_KINDS = {"LayerNormalization": NormKind.LAYERNORM, "RMSNormalization": NormKind.RMSNORM}
 
 Model = str | PathLike[str] | onnx.ModelProto | ir.Model
 
@@ -41,7 +43,7 @@ class Norm:
     input, output : str
         The names of the tensors that it reads and writes.
     node : onnx_ir.Node
-    layer : LayerNorm or None
+    layer : LayerNorm, RMSNorm or None
         The float layer, where the norm can be replaced.
     blocker : str or None
         Why it can't be replaced.
@@ -56,7 +58,7 @@ class Norm:
     input: str
     output: str
     node: ir.Node
-    layer: LayerNorm | None
+    layer: LayerNorm | RMSNorm | None
     blocker: str | None
 
     @property
@@ -90,20 +92,28 @@ def load_model(model: Model) -> ir.Model:
 
 
 def find_norms(model: ir.Model) -> list[Norm]:
-    """Return the norms of a model's main graph, in its order: LayerNormalization nodes, opset 17 and later."""
-    nodes = [node for node in model.graph if node.op_type == "LayerNormalization" and node.domain in ("", "ai.onnx")]
+    """Return the norms of a model's main graph, in its order.
+
+    These are the nodes LayerNormalization (opset 17 and later) and RMSNormalization (opset 23 and later).
+    """
     names = Counter(node.name for node in model.graph)
-    return [_layer_normalization(node, named=bool(node.name) and names[node.name] == 1) for node in nodes]
+    return [
+        _norm(node, named=bool(node.name) and names[node.name] == 1)
+        for node in model.graph
+        if node.op_type in _KINDS and node.domain in ("", "ai.onnx")
+    ]
 
 
-def _layer_normalization(node: ir.Node, *, named: bool) -> Norm:
+def _norm(node: ir.Node, *, named: bool) -> Norm:
     x, output = node.inputs[0], node.outputs[0]
     assert x is not None
+    kind = _KINDS[node.op_type]
     axis = node.attributes.get_int("axis", -1)
     epsilon = node.attributes.get_float("epsilon", 1e-5)
-    gamma, beta = (_constant(node.inputs[i]) if i < len(node.inputs) else None for i in (1, 2))
+    optional = [*node.inputs[1:3], None, None][:2]
+    gamma, beta = map(_constant, optional)
     rank = len(x.shape) if x.shape is not None else None
-    layer: LayerNorm | None = None
+    layer: LayerNorm | RMSNorm | None = None
     blocker: str | None = None
     shape: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
@@ -112,18 +122,19 @@ def _layer_normalization(node: ir.Node, *, named: bool) -> Norm:
     else:
         axes = tuple(range(axis - (rank or 0) if axis >= 0 else axis, 0))
         shape = _trailing_shape(x, len(axes), gamma)
-        if gamma is None or (len(node.inputs) > 2 and node.inputs[2] is not None and beta is None):
+        if gamma is None or (optional[1] is not None and beta is None):
             blocker = "its scale or bias is computed by the model"
         elif any(used.uses() or used.is_graph_output() for used in node.outputs[1:]):
             blocker = "its mean or inverse deviation is used"
         elif not shape:
             blocker = "the size of the normalized dimensions is not known"
         else:
-            layer = LayerNorm(shape, epsilon)
+            layer = LayerNorm(shape, epsilon) if kind is NormKind.LAYERNORM else RMSNorm(shape, epsilon)
             layer.weight = np.broadcast_to(gamma, shape).astype(np.float64)
-            layer.bias = None if beta is None else np.broadcast_to(beta, shape).astype(np.float64)
+            if isinstance(layer, LayerNorm):
+                layer.bias = None if beta is None else np.broadcast_to(beta, shape).astype(np.float64)
     return Norm(
-        name=(node.name if named else output.name) or "", kind=NormKind.LAYERNORM, form=node.op_type, axes=axes,
+        name=(node.name if named else output.name) or "", kind=kind, form=node.op_type, axes=axes,
         normalized_shape=shape, epsilon=epsilon, input=x.name or "", output=output.name or "", node=node, layer=layer,
         blocker=blocker,
     )  # fmt: skip

@@ -28,6 +28,7 @@ def model_with_norms(
     tied: bool = False,
     named: bool = True,
     bias: bool = True,
+    operator: str = "LayerNormalization",
 ) -> onnx.ModelProto:
     """Return a chain of residual blocks, ``h = norm(h - tanh(h * w))``, with outputs ``y`` and ``pooled``."""
     rng = np.random.default_rng(1)
@@ -54,7 +55,7 @@ def model_with_norms(
             helper.make_node("Tanh", [f"m{index}"], [f"t{index}"], name=f"tanh{index}"),
             helper.make_node("Sub", [current, f"t{index}"], [f"sum{index}"], name=f"sub{index}"),
             helper.make_node(
-                "LayerNormalization",
+                operator,
                 inputs,
                 [output],
                 name=f"norm{index}" if named else "",

@@ -111,7 +111,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("calibrate", "{}/model.onnx", "--data", "{}/nan.npz", "-o", "{}/p.json"), "NaN or infinite"
     ),
     "a model without norms": (
-        ("calibrate", "{}/plain.onnx", "--data", "{}/data", "-o", "{}/p.json"), "no LayerNormalization"
+        ("calibrate", "{}/plain.onnx", "--data", "{}/data", "-o", "{}/p.json"), "no norm that can be replaced"
     ),
     "a type that is none": (
         ("calibrate", "{}/model.onnx", "--data", "{}/data", "-o", "{}/p.json", "--input", "int4"), "int4"
