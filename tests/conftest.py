@@ -1,0 +1,22 @@
+"""What holds for the whole suite: a kernel cache of its own, and reproducible property tests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
+settings.load_profile("reproducible")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled kernels in a folder named by their source, so that no edit can ever meet stale code."""
+    source = Path(__file__).parent.parent / "fxp_layernorm" / "kernels.py"
+    cache = getattr(config, "cache", None)  # absent under -p no:cacheprovider
+    if cache is not None and source.exists():
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(cache.mkdir(f"numba-{digest}")))
