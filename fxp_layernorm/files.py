@@ -38,6 +38,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.close(handle)
     except OSError as error:
         raise InputError(f"{target} can't be written: {error.strerror}") from error
+    except ValueError as error:  # a name that no file can have
+        raise InputError(f"{str(target)!r} can't be written: {error}") from error
     temporary = Path(name)
     try:
         yield temporary

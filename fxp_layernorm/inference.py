@@ -213,6 +213,6 @@ def _cores() -> int:
 
 
 def _check_threads(threads: int | None) -> int | None:
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; it must be at least 1")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads is {threads!r}; it must be an integer of at least 1")
     return threads

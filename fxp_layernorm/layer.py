@@ -69,7 +69,8 @@ class _Norm:
         wide = rows.astype(np.float64)
         if centred:
             wide = wide - wide.mean(axis=1, keepdims=True)
-        wide = wide / np.sqrt(np.square(wide).mean(axis=1, keepdims=True) + eps)
+        with np.errstate(invalid="ignore", divide="ignore"):  # rows of no variance, without eps, are NaN as in torch
+            wide = wide / np.sqrt(np.square(wide).mean(axis=1, keepdims=True) + eps)
         result: npt.NDArray[np.floating[Any]] = (wide * self.gamma + self.beta).reshape(np.shape(x)).astype(rows.dtype)
         return result
 

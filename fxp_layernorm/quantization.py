@@ -100,11 +100,11 @@ class QuantParams:
     def __post_init__(self) -> None:
         dtype = DType.parse(self.dtype)
         try:
-            scale = float(self.scale)
+            scale = math.nan if isinstance(self.scale, str | bytes) else float(self.scale)
         except (TypeError, ValueError, OverflowError):
             raise InputError(f"the scale is {self.scale!r}; it must be a number") from None
         if not (math.isfinite(scale) and SMALLEST_SCALE <= scale <= LARGEST_SCALE):
-            raise InputError(f"the scale is {scale!r}; it must be a normal, positive float32 number")
+            raise InputError(f"the scale is {self.scale!r}; it must be a normal, positive float32 number")
         zero_point = _integer(self.zero_point)
         if zero_point is None or not dtype.lo <= zero_point <= dtype.hi:
             raise InputError(f"the zero point is {self.zero_point!r}; {dtype} codes go from {dtype.lo} to {dtype.hi}")

@@ -33,7 +33,8 @@ def model_with_norms(
     """Return a chain of residual blocks, ``h = norm(h - tanh(h * w))``, with outputs ``y`` and ``pooled``."""
     rng = np.random.default_rng(1)
     np_type = helper.tensor_dtype_to_np_dtype(dtype)
-    initializers, nodes = [], []
+    initializers: list[onnx.TensorProto] = []
+    nodes: list[onnx.NodeProto] = []
 
     def constant(name: str, value: npt.NDArray[Any]) -> str:
         if not any(known.name == name for known in initializers):

@@ -27,7 +27,7 @@ def test_file_folder_function_and_arrays_give_the_same(tmp_path: Path, monkeypat
         "        yield dict(np.load(path))\n"
     )
     monkeypatch.chdir(tmp_path)
-    sources = [folder, str(folder), "my_feeds:load", data, lambda: iter(data)]
+    sources: list[Any] = [folder, str(folder), "my_feeds:load", data, lambda: iter(data)]
     for source in sources:
         for _ in range(2):  # each can be gone through again
             read = list(Feeds(source))
