@@ -39,9 +39,7 @@ class ModelCalibration:
         self.norms: list[Norm] = [norm for norm in find_norms(loaded) if norm.layer is not None]
         if not self.norms:
             blocked = [f"{norm.name}: {norm.blocker}" for norm in find_norms(loaded)]
-            raise ModelError(
-                "the model has no norm that can be replaced" + "".join(f"; {b}" for b in blocked)
-            )
+            raise ModelError("the model has no norm that can be replaced" + "".join(f"; {b}" for b in blocked))
         values = dict.fromkeys(value for norm in self.norms for value in (norm.input, norm.output))
         self._session = Session(loaded, list(values))
         self._calibrations = {norm.name: NormCalibration(norm.layer) for norm in self.norms if norm.layer is not None}

@@ -150,7 +150,7 @@ def test_model_observes_what_the_arrays_hold() -> None:
         assert norm.layer is not None
         arrays = [session.run(feed)[norm.input] for feed in data]
         spec = calibrate(norm.layer, arrays)
-        # the model's own float32 output may differ from the layer's float64 in the last bit, and so may the output scale
+        # the model's own float32 output may differ from the layer's float64 in the last bit, and so the output scale
         assert entry.spec.input == spec.input
         assert entry.spec.output.scale == pytest.approx(spec.output.scale, rel=1e-5)
         assert entry.rows == sum(array.size // N for array in arrays)

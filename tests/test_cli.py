@@ -105,7 +105,9 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "not a model": (("inspect", "{}/params.json"), "is not a valid ONNX model"),
     "no data": (("calibrate", "{}/model.onnx", "-o", "{}/p.json"), "--data"),
     "data that is nowhere": (("calibrate", "{}/model.onnx", "--data", "{}/none", "-o", "{}/p.json"), "neither a file"),
-    "a lacking input": (("calibrate", "{}/model.onnx", "--data", "{}/lacking.npz", "-o", "{}/p.json"), "lacks the input 'x'"),
+    "a lacking input": (
+        ("calibrate", "{}/model.onnx", "--data", "{}/lacking.npz", "-o", "{}/p.json"), "lacks the input 'x'"
+    ),
     "a wrong rank": (("calibrate", "{}/model.onnx", "--data", "{}/rank.npz", "-o", "{}/p.json"), "takes 3 dimensions"),
     "values that are not finite": (
         ("calibrate", "{}/model.onnx", "--data", "{}/nan.npz", "-o", "{}/p.json"), "NaN or infinite"
@@ -126,7 +128,9 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("export", "{}/model.onnx", "{}/params.json", "-o", "{}/data"), "is a folder"
     ),
     "parameters that are truncated": (("export", "{}/model.onnx", "{}/cut.json", "-o", "{}/o.onnx"), "cut short"),
-    "parameters of a later schema": (("export", "{}/model.onnx", "{}/later.json", "-o", "{}/o.onnx"), "schema version 99"),
+    "parameters of a later schema": (
+        ("export", "{}/model.onnx", "{}/later.json", "-o", "{}/o.onnx"), "schema version 99"
+    ),
     "parameters of another model": (("export", "{}/one.onnx", "{}/params.json", "-o", "{}/o.onnx"), "no norm 'norm1'"),
     "a word that is none": (("export", "{}/model.onnx", "{}/params.json", "-o", "{}/o.onnx", "--word", "int9"), "int9"),
     "a model that was not exported": (

@@ -183,7 +183,7 @@ def test_parameters_of_another_model_are_refused() -> None:
 def test_function_form_needs_an_ir_version_with_functions() -> None:
     model = model_with_norms(ir_version=7)
     params = calibrate_model(model, Feeds(feeds()))
-    with pytest.raises(ModelError, match="IR version 8; the model has 7. Use --form inline"):
+    with pytest.raises(ModelError, match=r"IR version 8; the model has 7\. Use --form inline"):
         export.quantize_model(model, params, form="function")
     assert export.verify(model, export.quantize_model(model, params, form="inline"), params, Feeds(feeds())).exact
 
