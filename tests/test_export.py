@@ -46,6 +46,8 @@ def replaced(
 @FORMS
 def test_replaced_norms_are_exact(case: str, form: str) -> None:
     options, feed_options = MODELS[case]
+    if "operator" in options:
+        pytest.importorskip("onnxruntime", "1.24", reason="the float operator came late to ONNX Runtime")
     model, data = model_with_norms(**options), feeds(**feed_options)
     exported, params = replaced(model, data, form)
     assert len(params.norms) == 2
