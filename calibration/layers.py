@@ -50,7 +50,10 @@ class NormCalibration:
         """Take in inputs of shape (..., *normalized_shape), and the float outputs where they are at hand."""
         rows = self.layer.rows(x)
         self._input.update(rows)
-        self._output.update(self.layer.rows(self.layer(x) if y is None else y))
+        try:
+            self._output.update(self.layer.rows(self.layer(x) if y is None else y))
+        except DataError as error:
+            raise DataError(f"in the norm's output, {error}") from error
         self._sample.update(rows)
 
     def spec(
@@ -151,6 +154,8 @@ def calibrate(
     32
     """
     calibration = NormCalibration(layer)
+    if not isinstance(samples, Iterable) and not _is_array(samples):
+        raise DataError(f"the samples are {samples!r}; an array or an iterable of arrays is expected")
     arrays = cast("Iterable[npt.ArrayLike]", [samples] if _is_array(samples) else samples)
     for index, array in enumerate(arrays):
         try:

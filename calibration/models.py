@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 
 from ..errors import DataError, FxpError, InputError, ModelError
-from ..export.norms import Model, Norm, find_norms, load_model
+from ..export.norms import Model, find_norms, load_model
 from ..params import ModelParams, NormParams
 from ..quantization import DType
 from ..runtime import FeedHash, Feeds, Session
@@ -27,6 +27,11 @@ class ModelCalibration:
     ----------
     model : path, onnx.ModelProto or onnx_ir.Model
 
+    Attributes
+    ----------
+    norms, skipped : list of Norm
+        Those that are calibrated, and those that can't be replaced.
+
     Raises
     ------
     ModelError
@@ -36,10 +41,12 @@ class ModelCalibration:
     def __init__(self, model: Model) -> None:
         self._model_hash = _model_sha256(model)
         loaded = load_model(model)
-        self.norms: list[Norm] = [norm for norm in find_norms(loaded) if norm.layer is not None]
+        found = find_norms(loaded)
+        self.norms = [norm for norm in found if norm.layer is not None]
+        self.skipped = [norm for norm in found if norm.layer is None]
         if not self.norms:
-            blocked = [f"{norm.name}: {norm.blocker}" for norm in find_norms(loaded)]
-            raise ModelError("the model has no norm that can be replaced" + "".join(f"; {b}" for b in blocked))
+            blocked = "".join(f"; {norm.name}: {norm.blocker}" for norm in self.skipped)
+            raise ModelError(f"the model has no norm that can be replaced{blocked}")
         values = dict.fromkeys(value for norm in self.norms for value in (norm.input, norm.output))
         self._session = Session(loaded, list(values))
         self._calibrations = {norm.name: NormCalibration(norm.layer) for norm in self.norms if norm.layer is not None}

@@ -9,7 +9,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import DataError, InputError
 from ..quantization import LARGEST_EXPONENT, LARGEST_SCALE, SMALLEST_SCALE, DType, QuantParams
 
 Floats = npt.NDArray[np.float64]
@@ -55,9 +55,9 @@ def parse_exponents(dtype: DType, exponents: int | None) -> int:
     """Return the largest exponent allowed, or the default; raises InputError outside [0, 15]."""
     if exponents is None:
         return default_exponents(dtype)
-    if not 0 <= exponents <= LARGEST_EXPONENT or int(exponents) != exponents:
+    if not isinstance(exponents, int) or not 0 <= exponents <= LARGEST_EXPONENT:
         raise InputError(f"the largest exponent is {exponents!r}; it must be an integer from 0 to {LARGEST_EXPONENT}")
-    return int(exponents)
+    return exponents
 
 
 def candidates(
@@ -119,6 +119,8 @@ def smallest_output_scale(n: int, gamma: Floats, beta: Floats) -> float:
 
 def _scale(wanted: float, smallest: float) -> float:
     """Return the next float32 at or above a scale, so that a model's float32 border has the very same one."""
-    wanted = min(max(wanted, smallest, SMALLEST_SCALE), LARGEST_SCALE) if wanted > 0 else max(smallest, 1.0)
+    wanted = max(wanted, smallest, SMALLEST_SCALE) if wanted > 0 else max(smallest, 1.0)
+    if wanted > LARGEST_SCALE:
+        raise DataError(f"the values need a scale of {wanted:.3g}, beyond float32's range")
     rounded = np.float32(wanted)
     return float(rounded if rounded >= wanted else np.nextafter(rounded, np.float32(np.inf)))

@@ -32,8 +32,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     try:
-        if target.is_dir():
-            raise InputError(f"{target} is a folder; name a file")
+        target = target.resolve()  # what a link points to is written, not the link
+        if target.exists() and not target.is_file():
+            raise InputError(f"{target} is a {'folder' if target.is_dir() else 'device'}; name a file")
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         os.close(handle)
     except OSError as error:

@@ -51,6 +51,10 @@ class FxpLayerNorm:
         self._out_dtype = spec.output.dtype.numpy
         self._arguments = _kernel_arguments(spec)
 
+    def __repr__(self) -> str:
+        spec = self.spec
+        return f"FxpLayerNorm({spec.normalized_shape}, {spec.input.dtype} -> {spec.output.dtype}, lane {spec.lane})"
+
     def __call__(self, q: npt.ArrayLike, out: _Array | None = None, *, threads: int | None = None) -> _Array:
         """Return the output codes of input codes.
 

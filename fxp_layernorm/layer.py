@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,18 @@ class _Norm:
     """What both norms share: the normalized shape, eps, and a gain for each of its elements."""
 
     def __init__(self, normalized_shape: int | Sequence[int], eps: float, elementwise_affine: bool) -> None:
-        dims = (normalized_shape,) if isinstance(normalized_shape, int | np.integer) else tuple(normalized_shape)
-        if not dims or any(int(d) != d or d < 1 for d in dims):
+        dims = tuple(normalized_shape) if isinstance(normalized_shape, Iterable) else (normalized_shape,)
+        if not dims or any(isinstance(d, bool) or not isinstance(d, int | np.integer) or d < 1 for d in dims):
             raise InputError(f"normalized_shape is {normalized_shape!r}; it must hold positive integers")
-        if not (math.isfinite(eps) and eps >= 0):
-            raise InputError(f"eps is {eps!r}; it must be finite and not negative")
+        if not isinstance(eps, float | int | np.floating) or not (math.isfinite(eps) and eps >= 0):
+            raise InputError(f"eps is {eps!r}; it must be a number, finite and not negative")
         self.normalized_shape: tuple[int, ...] = tuple(int(d) for d in dims)
         self.eps = float(eps)
         self.weight = np.ones(self.normalized_shape) if elementwise_affine else None
+
+    def __repr__(self) -> str:
+        shape = self.normalized_shape[0] if len(self.normalized_shape) == 1 else self.normalized_shape
+        return f"{type(self).__name__}({shape}, eps={self.eps:g})"
 
     @property
     def n(self) -> int:
@@ -110,6 +114,7 @@ class LayerNorm(_Norm):
     @classmethod
     def from_torch(cls, module: Any) -> LayerNorm:
         """Return the same layer as a ``torch.nn.LayerNorm``; torch itself is not imported."""
+        _check_module(cls, module, "normalized_shape", "eps", "weight", "bias")
         weight, bias = _torch_array(module.weight), _torch_array(module.bias)
         layer = cls(tuple(module.normalized_shape), module.eps, weight is not None, bias is not None)
         layer.weight, layer.bias = weight, bias
@@ -147,6 +152,9 @@ class RMSNorm(_Norm):
     @classmethod
     def from_torch(cls, module: Any) -> RMSNorm:
         """Return the same layer as a ``torch.nn.RMSNorm``; torch itself is not imported."""
+        _check_module(cls, module, "normalized_shape", "eps", "weight")
+        if hasattr(module, "bias"):
+            raise InputError(f"a {type(module).__name__} has a bias and is no RMSNorm; use LayerNorm.from_torch")
         weight = _torch_array(module.weight)
         layer = cls(tuple(module.normalized_shape), module.eps, weight is not None)
         layer.weight = weight
@@ -155,6 +163,13 @@ class RMSNorm(_Norm):
     def __call__(self, x: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
         """Return the normalized input, of its shape and float type, computed in float64."""
         return self._normalize(x, centred=False, eps=self.eps)
+
+
+def _check_module(cls: type, module: Any, *attributes: str) -> None:
+    missing = [name for name in attributes if not hasattr(module, name)]
+    if missing:
+        kind = type(module).__name__
+        raise InputError(f"a {kind} has no {missing[0]}; {cls.__name__}.from_torch takes a torch.nn.{cls.__name__}")
 
 
 def _torch_array(parameter: Any) -> npt.NDArray[np.float64] | None:

@@ -51,7 +51,7 @@ def plan(
         if not isinstance(lane, int | np.integer) or lane not in proof.ROOT_BITS:
             raise InputError(f"the lane is {lane!r}; it must be one of {', '.join(map(str, proof.ROOT_BITS))}")
         return _plan_lane(layer, input, output, int(lane))
-    limit = MAX_EXCESS[output.dtype] if max_excess is None else max_excess
+    limit = max_excess if max_excess is not None else MAX_EXCESS[getattr(output, "dtype", DType.INT8)]
     planned: list[LayerNormSpec] = []
     refusals: list[PlanError] = []
     for candidate in proof.ROOT_BITS:
@@ -74,6 +74,8 @@ def _plan_lane(layer: LayerNorm | RMSNorm, input: QuantParams, output: QuantPara
     if not (math.isfinite(layer.eps) and layer.eps >= 0):
         raise InputError(f"eps is {layer.eps!r}; it must be finite and not negative")
     for name, params in (("input", input), ("output", output)):
+        if not isinstance(params, QuantParams):
+            raise InputError(f"{name} is {params!r}; it must be a QuantParams")
         if params.exponents is not None and len(params.exponents) != layer.n:
             raise InputError(f"{name} has {len(params.exponents)} channel exponents; the layer normalizes {layer.n}")
     codes = CodeBounds.of(kind, layer.n, input)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -94,6 +94,8 @@ class QuantParams:
         set_field(self, "dtype", dtype)
         set_field(self, "scale", scale)
         set_field(self, "zero_point", zero_point)
+        if exponents is not None and not isinstance(exponents, Iterable):
+            raise InputError(f"the exponents are {exponents!r}; they must be integers, one a channel")
         set_field(self, "exponents", None if exponents is None else tuple(exponents))
         self.__post_init__()
 

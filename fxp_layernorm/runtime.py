@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import DataError, MissingDependencyError, ModelError
+from .errors import DataError, FxpError, MissingDependencyError, ModelError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,7 +43,7 @@ class Feeds:
         if isinstance(source, str | os.PathLike):
             path = Path(source)
             if path.is_dir():
-                self._files = sorted(path.glob("*.npz"))
+                self._files = sorted(file for file in path.glob("*.npz") if file.is_file())
                 if not self._files:
                     raise DataError(f"the folder {path} holds no .npz file")
             elif path.is_file():
@@ -67,13 +67,21 @@ class Feeds:
     def __iter__(self) -> Iterator[Feed]:
         """Yield the feeds; raises DataError if there is none."""
         count = 0
-        for feed in map(_read_npz, self._files) if self._files is not None else self._feeds():
+        for feed in map(_read_npz, self._files) if self._files is not None else self._called():
             if not isinstance(feed, Mapping):
                 raise DataError(f"a feed is a {type(feed).__name__}; a mapping of input names to arrays is expected")
             count += 1
             yield feed
         if not count:
             raise DataError("the data holds no feed")
+
+    def _called(self) -> Iterator[Feed]:
+        try:
+            yield from self._feeds()
+        except FxpError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            raise DataError(f"the function that yields feeds raised {type(error).__name__}: {error}") from error
 
 
 def _function(source: str) -> Callable[[], Iterable[Feed]]:
@@ -82,7 +90,7 @@ def _function(source: str) -> Callable[[], Iterable[Feed]]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the user's module may raise anything
         raise DataError(f"{source} is neither a file nor a function that can be imported: {error}") from error
     if not callable(function):
         raise DataError(f"{source} is a {type(function).__name__}; a function that yields feeds is expected")
@@ -98,6 +106,22 @@ def _read_npz(path: Path) -> Feed:
             return dict(archive)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} can't be read as a .npz file: {error}") from error
+
+
+def load_external_data(model: ir.Model) -> None:
+    """Bring the tensors that a model keeps in other files into memory.
+
+    Raises
+    ------
+    ModelError
+        If such a file is missing or can't be read.
+    """
+    import onnx_ir as ir
+
+    try:
+        ir.external_data.load_to_model(model)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the model's external data can't be read: {error}") from error
 
 
 class FeedHash:
@@ -141,7 +165,7 @@ class Session:
 
         ort = _onnxruntime()
         exposed = model.clone()
-        ir.external_data.load_to_model(exposed)
+        load_external_data(exposed)
         known = ir.convenience.create_value_mapping(exposed.graph)
         self.outputs = [output.name or "" for output in exposed.graph.outputs]
         for name in values:
@@ -186,7 +210,9 @@ class Session:
         dtype = _NUMPY_TYPES.get(expected.type)
         if dtype is not None and array.dtype != dtype:
             if not np.can_cast(array.dtype, dtype, "safe"):
-                raise DataError(f"the input {name!r} has the type {array.dtype}; the model takes {np.dtype(dtype)}")
+                raise DataError(
+                    f"the input {name!r} has the type {array.dtype}; the model takes {dtype}: convert it with astype"
+                )
             array = array.astype(dtype)
         shape = expected.shape
         if len(array.shape) != len(shape):

@@ -227,3 +227,20 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], match
 def test_bad_options(options: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=match):
         calibrate(fxp.LayerNorm(48), samples(), **options)
+
+
+def test_values_beyond_float32_are_refused() -> None:
+    with pytest.raises(DataError, match="beyond float32's range"):
+        calibrate(fxp.LayerNorm(48), samples() * 1e45)
+
+
+def test_norm_without_eps_of_constant_rows() -> None:
+    """Their float output is NaN, as in torch; the message says that it is the output."""
+    with pytest.raises(DataError, match="in the norm's output, 480 values are NaN"):
+        calibrate(fxp.LayerNorm(48, eps=0.0), np.ones((10, 48)))
+
+
+@pytest.mark.parametrize("samples", [None, 3.0])
+def test_samples_that_are_none(samples: Any) -> None:
+    with pytest.raises(DataError, match="an array or an iterable of arrays"):
+        calibrate(fxp.LayerNorm(48), samples)

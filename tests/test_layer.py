@@ -219,3 +219,25 @@ def test_the_kind_of_a_plan_is_that_of_its_layer() -> None:
     qi, qo = params_of("int8"), params_of("int8")
     assert plan(LayerNorm(6), qi, qo).kind is NormKind.LAYERNORM
     assert plan(RMSNorm(6), qi, qo).kind is NormKind.RMSNORM
+
+
+@pytest.mark.parametrize("shape", [1.5, "a", None, True, (3, 2.5)])
+def test_shapes_that_are_no_integers_are_refused(shape: Any) -> None:
+    with pytest.raises(InputError, match="normalized_shape is .*; it must hold positive integers"):
+        LayerNorm(shape)
+
+
+@pytest.mark.parametrize("eps", ["a", None])
+def test_an_eps_that_is_no_number_is_refused(eps: Any) -> None:
+    with pytest.raises(InputError, match="eps is .*; it must be a number"):
+        LayerNorm(4, eps=eps)
+
+
+def test_from_torch_refuses_modules_of_another_kind() -> None:
+    """A LayerNorm taken for an RMSNorm would lose its mean and bias without a word."""
+    torch = pytest.importorskip("torch")
+    with pytest.raises(InputError, match=r"use LayerNorm\.from_torch"):
+        RMSNorm.from_torch(torch.nn.LayerNorm(4))
+    for module in (torch.nn.RMSNorm(4), torch.nn.Linear(4, 4), torch.nn.GroupNorm(2, 4)):
+        with pytest.raises(InputError, match=r"LayerNorm\.from_torch takes a torch\.nn\.LayerNorm"):
+            LayerNorm.from_torch(module)

@@ -266,3 +266,19 @@ def test_atomic_path_appears_only_at_the_end(tmp_path: Path) -> None:
         assert not target.exists()
     assert target.read_text() == "whole"
     assert os.listdir(tmp_path) == ["out.txt"]
+
+
+def test_only_files_are_written(spec: LayerNormSpec, tmp_path: Path) -> None:
+    """Not even for root does a device or a folder give way to a file; a link keeps pointing where it points."""
+    places = [(tmp_path, "folder")]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        places.append((tmp_path / "pipe", "device"))
+    for place, kind in places:
+        with pytest.raises(InputError, match=f"is a {kind}; name a file"):
+            spec.save(place)
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "target.json")
+    spec.save(link)
+    assert link.is_symlink()
+    assert LayerNormSpec.load(tmp_path / "target.json") == spec

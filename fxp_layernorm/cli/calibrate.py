@@ -75,6 +75,7 @@ def calibrate(
             }
             for norm in params.norms
         ],
+        "skipped": [{"name": norm.name, "reason": norm.blocker} for norm in calibration.skipped],
         "feeds": params.feeds, "params": str(out),
     }  # fmt: skip
     columns = ("norm", "n", "rows", "lane", "proved excess, LSB", "SQNR, dB")
@@ -83,5 +84,10 @@ def calibrate(
         for norm in params.norms
     ]
     title = f"{model.name}: {input_type} -> {output_type}, calibrated on {common.count(params.feeds, 'feed')}"
-    output.result(document, common.table(title, columns, rows))
-    output.close(f"{common.count(len(params.norms), 'norm')} calibrated into {out}")
+    tables = [common.table(title, columns, rows)]
+    if calibration.skipped:
+        left = [(norm.name, norm.blocker) for norm in calibration.skipped]
+        tables.append(common.table("Norms that stay float", ("norm", "because"), left))
+    output.result(document, *tables)
+    skipped = f", {len(calibration.skipped)} stay float" if calibration.skipped else ""
+    output.close(f"{common.count(len(params.norms), 'norm')} calibrated into {out}{skipped}")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PATH = click.Path(path_type=Path)
 model_argument = click.argument("model", type=PATH)
@@ -36,7 +37,7 @@ class Output:
     started: float = field(default_factory=time.perf_counter)
     messages: Console = field(default_factory=lambda: Console(stderr=True))
 
-    def result(self, document: dict[str, Any], *tables: Table) -> None:
+    def result(self, document: dict[str, Any], *tables: Group) -> None:
         """Print the result: the document as JSON, or the tables."""
         if self.as_json:
             click.echo(json.dumps(document, indent=1, allow_nan=False))
@@ -69,15 +70,15 @@ class Output:
             yield lambda: progress.advance(task)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """Return a table; numbers are set to the right."""
-    built = Table(title=title, title_justify="left")
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Group:
+    """Return a titled table; numbers are set to the right. Names are text, whatever brackets they hold."""
+    built = Table()
     for index, column in enumerate(columns):
         numeric = bool(rows) and isinstance(rows[0][index], int | float)
-        built.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        built.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        built.add_row(*map(_cell, row))
-    return built
+        built.add_row(*(Text(_cell(value)) for value in row))
+    return Group(Text(title, style="bold"), built)
 
 
 def count(number: int, noun: str) -> str:
