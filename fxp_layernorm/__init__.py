@@ -31,7 +31,8 @@ from .quantization import DType, QuantParams
 from .spec import LayerNormSpec
 
 if TYPE_CHECKING:
-    from . import calibration, export
+    from . import analysis, calibration, export
+    from .analysis import analyze
     from .calibration import calibrate
 
 __all__ = [
@@ -53,6 +54,8 @@ __all__ = [
     "SpecFileError",
     "WidthError",
     "__version__",
+    "analysis",
+    "analyze",
     "calibrate",
     "calibration",
     "export",
@@ -63,8 +66,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what needs ONNX only when it is used, so that the import of the package stays fast."""
-    if name in ("calibration", "export"):
+    if name in ("analysis", "calibration", "export"):
         return importlib.import_module(f".{name}", __name__)
     if name == "calibrate":
         return importlib.import_module(".calibration", __name__).calibrate
+    if name == "analyze":
+        return importlib.import_module(".analysis", __name__).analyze
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,7 +38,7 @@ def test_wheel_has_one_top_level_name_and_every_module(tmp_path: Path) -> None:
     for folder in ("calibration", "export"):
         modules |= {Path("fxp_layernorm") / path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")}
     assert {str(module) for module in modules} <= names
-    assert "fxp_layernorm/py.typed" in names
+    assert {"fxp_layernorm/py.typed", "fxp_layernorm/analysis/report.html.j2"} <= names
 
 
 @pytest.mark.parametrize("absent", ["numba", "onnx", "onnxruntime", "torch", "pydantic", "rich", "click"])
@@ -52,11 +52,12 @@ def test_dependencies_point_one_way() -> None:
     layers = [
         ("errors", "_version"), ("files", "layer"), ("quantization",), ("proof",), ("spec",),
         ("planner", "reference", "kernels", "params"), ("inference", "runtime"), ("export",), ("calibration",),
-        ("demo", "benchmark"), ("cli",),
+        ("analysis",), ("demo", "benchmark"), ("cli",),
     ]  # fmt: skip
     rank = {name: index for index, names in enumerate(layers) for name in names}
     for path in [
         *(ROOT / "fxp_layernorm").glob("*.py"),
+        *(ROOT / "fxp_layernorm" / "analysis").glob("*.py"),
         *(ROOT / "export").glob("*.py"),
         *(ROOT / "calibration").glob("*.py"),
     ]:

@@ -9,7 +9,7 @@ import click
 from .._version import __version__
 from ..errors import FxpError
 
-COMMANDS = ("inspect", "calibrate", "export", "verify", "demo", "bench")
+COMMANDS = ("inspect", "calibrate", "export", "verify", "report", "demo", "bench")
 
 
 class _Failure(click.ClickException):

@@ -1,0 +1,22 @@
+"""Error analysis: where each fraction of an LSB goes, which norm hurts a model, and what to change.
+
+`analyze` takes a spec and real rows, `analyze_model` a model, its parameters and feeds; what they return is written
+with `to_html` and `to_json`.
+"""
+
+from __future__ import annotations
+
+from .models import analyze_model
+from .norms import analyze
+from .report import SCHEMA_VERSION, ModelAnalysis, NormAnalysis
+from .stages import Attribution, Stage
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Attribution",
+    "ModelAnalysis",
+    "NormAnalysis",
+    "Stage",
+    "analyze",
+    "analyze_model",
+]

@@ -1,0 +1,324 @@
+"""Analyzing a norm: real rows go by, an array at a time, and its integers are held against them."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ..calibration.layers import _is_array
+from ..calibration.observers import MinMaxObserver, RowSample
+from ..errors import DataError, FxpError
+from ..layer import LayerNorm, RMSNorm
+from ..proof import NormKind
+from ..quantization import QuantParams
+from ..reference import ideal
+from ..spec import LayerNormSpec
+from . import advice, stages, tables
+from .advice import Command
+from .report import (
+    Arrays,
+    Channels,
+    ErrorSummary,
+    Histogram,
+    NormAnalysis,
+    Outlier,
+    Saturation,
+    WorstRow,
+)
+
+Floats = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.floating[Any]]
+
+#: Elements kept, as whole rows, for attribution, histograms and percentiles; rows kept at the least.
+SAMPLED_ELEMENTS, SAMPLED_ROWS = 1 << 19, 64
+BINS = 64
+WORST_ROWS = 8
+OUTLIERS = 10
+#: A channel stands out if its largest input, or its noise, is this many times the median channel's.
+OUTLIER_MAGNITUDE, OUTLIER_NOISE = 6.0, 16.0
+PERCENTILES = (50, 90, 99, 99.9)
+
+
+class NormAnalyzer:
+    """Takes real rows of one norm, in memory bounded by one array, and says where its integers lose what.
+
+    Parameters
+    ----------
+    spec : LayerNormSpec
+    name : str
+    command : Command, optional
+        What suggestions name.
+    """
+
+    def __init__(self, spec: LayerNormSpec, name: str = "norm", command: Command | None = None) -> None:
+        self.spec, self.name = spec, name
+        self.layer = _layer(spec)
+        self._command = command or Command()
+        self._steps = stages.output_steps(spec)
+        self._sample = RowSample(max(SAMPLED_ELEMENTS // spec.n, SAMPLED_ROWS))
+        self._input, self._output = MinMaxObserver(spec.n), MinMaxObserver(spec.n)
+        self._arithmetic, self._total = _ErrorSums(spec.n), _ErrorSums(spec.n)
+        self._clipped_in, self._clipped_out = _Clips(spec.input, spec.n), _Clips(spec.output, spec.n)
+        self._differing = 0
+        self._signal = self._integer_power = self._product = 0.0
+        self._seen: dict[str, float] = {}
+        self._worst: list[tuple[float, int, WorstRow, Rows]] = []
+        self._arrays = 0
+
+    @property
+    def rows(self) -> int:
+        """The number of rows taken in."""
+        return self._input.rows
+
+    def update(self, x: npt.ArrayLike) -> None:
+        """Take in real inputs of shape (..., *normalized_shape).
+
+        Raises
+        ------
+        DataError
+            If a value is NaN or infinite.
+        InputError
+            If the trailing shape is another.
+        """
+        rows = self.layer.rows(x)
+        first = self.rows
+        self._input.update(rows)
+        self._sample.update(rows)
+        step = max(1, stages.BLOCK_ELEMENTS // self.spec.n)
+        for start in range(0, len(rows), step):
+            self._block(rows[start : start + step], first + start, start)
+        self._arrays += 1
+
+    def result(self) -> NormAnalysis:
+        """Return the analysis of all rows so far; raises DataError if there is none."""
+        if not self.rows:
+            raise DataError("there is no row to analyze")
+        spec, sample = self.spec, self._sample.rows()
+        expected = stages.float_layer(spec, sample)
+        codes = spec.input.quantize(sample)
+        y = stages.compute(spec, sample).y.astype(np.float64)
+        attribution = stages.attribute(spec, sample)
+        noise = self._total.squares * np.square(self._steps)
+        channels = self._channels(noise)
+        saturations = self._clipped_in.result(self.rows), self._clipped_out.result(self.rows)
+        worst = sorted(self._worst, key=lambda entry: entry[2].rms_lsb, reverse=True)
+        product = math.sqrt(self._signal * self._integer_power)
+        return NormAnalysis(
+            name=self.name,
+            rows=self.rows,
+            sampled_rows=len(sample),
+            spec=tables.properties(spec),
+            widths=tables.widths(spec, self._seen),
+            proved_bound_lsb=0.5 + float(spec.excess),
+            proved_terms_lsb=dict(spec.excess.terms),
+            arithmetic=self._arithmetic.result(self.rows, y - self._clamped_ideal(codes)),
+            total=self._total.result(self.rows, y - expected),
+            differing=self._differing / (self.rows * spec.n),
+            sqnr_db=10 * math.log10(self._signal / noise.sum()) if self._signal and noise.any() else None,
+            cosine=self._product / product if product else None,
+            attribution=attribution,
+            channels=channels,
+            input_saturation=saturations[0],
+            output_saturation=saturations[1],
+            input_histogram=_positions(stages.input_positions(spec, sample), spec.input),
+            output_histogram=_positions(expected, spec.output),
+            worst=tuple(entry[2] for entry in worst),
+            suggestions=advice.for_norm(
+                self.name, self.layer, spec, attribution, saturations, sample, (self._input, self._output),
+                self._command,
+            ),
+            worst_rows=self._worst_rows(np.stack([entry[3] for entry in worst]), worst),
+        )  # fmt: skip
+
+    def _block(self, rows: Rows, first: int, sample_row: int) -> None:
+        spec = self.spec
+        expected = stages.float_layer(spec, rows)
+        codes = spec.input.quantize(rows)
+        computed = stages.compute(spec, rows)
+        y = computed.y.astype(np.float64)
+        clamped = self._clamped_ideal(codes)
+        total = y - expected
+        self._arithmetic.update(y - clamped)
+        self._total.update(total)
+        self._differing += int(np.count_nonzero(y != np.floor(clamped + 0.5)))
+        real = (expected - spec.output.zero_point) * self._steps
+        integer = (y - spec.output.zero_point) * self._steps
+        self._output.update(real)
+        self._signal += float(np.square(real).sum())
+        self._integer_power += float(np.square(integer).sum())
+        self._product += float((real * integer).sum())
+        self._clipped_in.update(stages.input_positions(spec, rows))
+        self._clipped_out.update(expected)
+        for name, magnitude in tables.magnitudes(computed).items():
+            self._seen[name] = max(self._seen.get(name, 0.0), magnitude)
+        self._remember_worst(rows, total, first, sample_row)
+
+    def _clamped_ideal(self, codes: npt.NDArray[Any]) -> Floats:
+        spec = self.spec
+        values = ideal(spec, codes.reshape(-1, *spec.normalized_shape)).reshape(codes.shape)
+        clamped: Floats = np.clip(values, spec.output.dtype.lo, spec.output.dtype.hi).astype(np.float64)
+        return clamped
+
+    def _remember_worst(self, rows: Rows, total: Floats, first: int, sample_row: int) -> None:
+        power = np.square(total).mean(axis=1)
+        for index in np.argsort(power)[-WORST_ROWS:].tolist():
+            entry = WorstRow(
+                row=first + index, sample=self._arrays, sample_row=sample_row + index,
+                rms_lsb=math.sqrt(power[index]), max_lsb=float(np.abs(total[index]).max()),
+                channel=int(np.abs(total[index]).argmax()),
+            )  # fmt: skip
+            # the row's index settles ties, the earlier row first
+            item = (entry.rms_lsb, -entry.row, entry, rows[index].copy())
+            if len(self._worst) < WORST_ROWS:
+                heapq.heappush(self._worst, item)
+            else:
+                heapq.heappushpop(self._worst, item)
+
+    def _worst_rows(self, rows: Rows, worst: list[tuple[float, int, WorstRow, Rows]]) -> Arrays:
+        shape = self.spec.normalized_shape
+        return {
+            "codes": self.spec.input.quantize(rows).reshape(-1, *shape),
+            "float": rows.reshape(-1, *shape),
+            "rows": np.array([entry.row for *_, entry, _ in worst], dtype=np.int64),
+        }
+
+    def _channels(self, noise: Floats) -> Channels:
+        spec, rms = self.spec, np.sqrt(self._total.squares / self.rows)
+        share = noise / noise.sum() if noise.any() else np.zeros(spec.n)
+        magnitude = np.maximum(np.abs(self._input.low), np.abs(self._input.high))
+        relative = magnitude / (float(np.median(magnitude)) or float(magnitude.max()) or 1.0)
+        odd = (relative > OUTLIER_MAGNITUDE) | (share > OUTLIER_NOISE * np.median(share))
+        ranked = [channel for channel in np.argsort(-share, kind="stable").tolist() if odd[channel]]
+        inputs, outputs = spec.input.channel_exponents(spec.n), spec.output.channel_exponents(spec.n)
+        return Channels(
+            rms_lsb=tuple(rms.tolist()),
+            noise_share=tuple(share.tolist()),
+            outliers=tuple(
+                Outlier(
+                    channel=c, noise_share=float(share[c]), rms_lsb=float(rms[c]), magnitude=float(relative[c]),
+                    input_exponent=inputs[c], output_exponent=outputs[c],
+                    input_clipped=float(self._clipped_in.by_channel[c] / self.rows),
+                    output_clipped=float(self._clipped_out.by_channel[c] / self.rows),
+                )
+                for c in ranked[:OUTLIERS]
+            ),
+        )  # fmt: skip
+
+
+def analyze(
+    spec: LayerNormSpec,
+    samples: npt.ArrayLike | Iterable[npt.ArrayLike],
+    *,
+    name: str = "norm",
+) -> NormAnalysis:
+    """Return where the integers of a spec lose what, on real inputs.
+
+    Parameters
+    ----------
+    spec : LayerNormSpec
+    samples : array_like of shape (..., *normalized_shape), or iterable of such arrays
+        Real inputs of the norm. An iterable is gone through once, an array at a time.
+    name : str
+        How the report names the norm.
+
+    Raises
+    ------
+    DataError
+        If there is no sample, or one holds NaN or infinite values.
+    InputError
+        If a sample has another trailing shape than the spec.
+
+    Examples
+    --------
+    >>> import numpy as np, fxp_layernorm as fxp
+    >>> x = np.random.default_rng(0).normal(size=(100, 64))
+    >>> report = fxp.analyze(fxp.calibrate(fxp.LayerNorm(64), x), x)
+    >>> report.arithmetic.max_lsb < report.proved_bound_lsb
+    True
+    """
+    analyzer = NormAnalyzer(spec, name)
+    arrays = cast("Iterable[npt.ArrayLike]", [samples] if _is_array(samples) else samples)
+    for index, array in enumerate(arrays):
+        try:
+            analyzer.update(array)
+        except FxpError as error:
+            raise type(error)(f"sample {index}: {error}") from error
+    return analyzer.result()
+
+
+class _ErrorSums:
+    """Sums of an error over all rows."""
+
+    def __init__(self, n: int) -> None:
+        self.squares = np.zeros(n)
+        self._sum = self._largest = 0.0
+
+    def update(self, error: Floats) -> None:
+        self.squares += np.square(error).sum(axis=0)
+        self._sum += float(error.sum())
+        self._largest = max(self._largest, float(np.abs(error).max()))
+
+    def result(self, rows: int, sampled: Floats) -> ErrorSummary:
+        count = rows * len(self.squares)
+        magnitude = np.abs(sampled)
+        end = max(0.5, float(np.percentile(magnitude, PERCENTILES[-1])))
+        values = np.percentile(magnitude, PERCENTILES)
+        counts, _ = np.histogram(np.clip(sampled, -end, end), BINS, (-end, end))
+        return ErrorSummary(
+            max_lsb=self._largest,
+            rms_lsb=math.sqrt(self.squares.sum() / count),
+            mean_lsb=self._sum / count,
+            percentiles_lsb={f"{key:g}": float(value) for key, value in zip(PERCENTILES, values, strict=True)},
+            histogram=Histogram(low=-end, high=end, counts=tuple(counts.tolist())),
+        )
+
+
+class _Clips:
+    """Counts of values beyond the codes of some parameters, by channel."""
+
+    def __init__(self, params: QuantParams, n: int) -> None:
+        self._ends = params.dtype.lo - 0.5, params.dtype.hi + 0.5
+        self._low, self._high = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
+
+    @property
+    def by_channel(self) -> npt.NDArray[np.int64]:
+        return self._low + self._high
+
+    def update(self, positions: Floats) -> None:
+        self._low += np.count_nonzero(positions < self._ends[0], axis=0)
+        self._high += np.count_nonzero(positions > self._ends[1], axis=0)
+
+    def result(self, rows: int) -> Saturation:
+        clipped = self.by_channel
+        worst = int(clipped.argmax())
+        return Saturation(
+            values=rows * len(clipped), clipped=int(clipped.sum()), low=int(self._low.sum()),
+            high=int(self._high.sum()), worst_channel=worst, worst_share=float(clipped[worst] / rows),
+        )  # fmt: skip
+
+
+def _positions(positions: Floats, params: QuantParams) -> Histogram:
+    """Return the histogram of real values on the scale of their codes, with what is clipped in view."""
+    clips = params.dtype.lo - 0.5, params.dtype.hi + 0.5
+    margin = (clips[1] - clips[0]) / 8
+    low = max(float(positions.min()), clips[0] - 4 * margin)
+    high = min(float(positions.max()), clips[1] + 4 * margin)
+    low, high = min(low, clips[0] - margin), max(high, clips[1] + margin)
+    counts, _ = np.histogram(np.clip(positions, low, high), BINS, (low, high))
+    return Histogram(low=low, high=high, counts=tuple(counts.tolist()), clips=clips)
+
+
+def _layer(spec: LayerNormSpec) -> LayerNorm | RMSNorm:
+    shape = spec.normalized_shape
+    if spec.kind is NormKind.RMSNORM:
+        rms = RMSNorm(shape, spec.eps)
+        rms.weight = np.array(spec.gamma).reshape(shape)
+        return rms
+    layer = LayerNorm(shape, spec.eps)
+    layer.weight, layer.bias = np.array(spec.gamma).reshape(shape), np.array(spec.beta).reshape(shape)
+    return layer

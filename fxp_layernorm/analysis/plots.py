@@ -1,0 +1,169 @@
+"""The report's figures: small inline SVGs that take the page's text colour, in the colours of Okabe and Ito.
+
+A colour means one thing everywhere: `COLOURS`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullLocator
+
+from .stages import Stage
+
+if TYPE_CHECKING:
+    from .report import Harm, Histogram, NormAnalysis
+
+#: What each colour of the palette stands for.
+COLOURS = {
+    "input": "#0072B2",
+    "rows": "#009E73",
+    "elements": "#E69F00",
+    "output": "#D55E00",
+    "clipping": "#CC79A7",
+    "bound": "#56B4E9",
+}
+_KINDS = {
+    Stage.INPUT: "input", Stage.INPUT_SATURATION: "clipping", Stage.EPS: "rows", Stage.ROOT: "rows",
+    Stage.MEAN: "rows", Stage.T: "elements", Stage.GAMMA: "elements", Stage.BETA: "elements",
+    Stage.OUTPUT: "output", Stage.OUTPUT_SATURATION: "clipping",
+}  # fmt: skip
+#: Stands for the page's text colour until the SVG is written.
+_TEXT = "#010203"
+_GREY = "#808080"
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "font.size": 9, "figure.facecolor": "none", "axes.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.use_mathtext": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT),
+}  # fmt: skip
+#: Where two plots stand side by side.
+_PAIR = {"left": 0.13, "right": 0.98, "bottom": 0.25, "top": 0.97, "wspace": 0.22}
+#: Channels drawn by themselves; of more, each bar is the largest of several.
+_BARS = 192
+
+
+def attribution(norm: NormAnalysis) -> str:
+    """Return bars of the noise by stage."""
+    terms = norm.attribution.terms
+    names = [term.stage for term in terms] + ["interaction"]
+    shares = [100 * term.share for term in terms] + [100 * norm.attribution.interaction_share]
+    colours = [COLOURS[_KINDS[Stage(term.stage)]] for term in terms] + [_GREY]
+    with _style(f"attribution {norm.name}"):
+        figure = Figure(figsize=(4.6, 2.6))
+        axes = figure.add_axes((0.27, 0.17, 0.7, 0.81))
+        axes.barh(names, shares, color=colours)
+        axes.axvline(0, color=_TEXT, linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel("share of the noise, %")
+        return _svg(figure, f"Noise of {norm.name} by stage")
+
+
+def errors(norm: NormAnalysis) -> str:
+    """Return histograms of both errors, the first with the proved bound."""
+    bound = norm.proved_bound_lsb
+    with _style(f"errors {norm.name}"):
+        figure = Figure(figsize=(4.6, 2.6))
+        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw=_PAIR)
+        _bars(left, norm.arithmetic.histogram, COLOURS["elements"])
+        for end in (-bound, bound):
+            left.axvline(end, color=COLOURS["bound"], linestyle="--", linewidth=1.2)
+        left.set_xlabel("against the ideal, LSB\n(dashed: proved bound)")
+        _bars(right, norm.total.histogram, _GREY)
+        right.set_xlabel("against the float layer,\nLSB")
+        left.set_ylabel("outputs")
+        return _svg(figure, f"Errors of {norm.name}")
+
+
+def codes(norm: NormAnalysis) -> str:
+    """Return histograms of the input and the output on the scale of their codes, with clip lines."""
+    with _style(f"codes {norm.name}"):
+        figure = Figure(figsize=(4.6, 2.6))
+        left, right = figure.subplots(1, 2, gridspec_kw=_PAIR)
+        for axes, histogram, name in ((left, norm.input_histogram, "input"), (right, norm.output_histogram, "output")):
+            _bars(axes, histogram, COLOURS[name])
+            for clip in histogram.clips:
+                axes.axvline(clip, color=COLOURS["clipping"], linewidth=1.2)
+            axes.set_xlabel(f"{name} code, LSB\n(lines: clipped beyond)")
+        left.set_ylabel("values")
+        return _svg(figure, f"Inputs and outputs of {norm.name}")
+
+
+def channels(norm: NormAnalysis) -> str:
+    """Return the total error by channel."""
+    rms = np.array(norm.channels.rms_lsb)
+    group = -(-len(rms) // _BARS)
+    edges = np.append(np.arange(0, len(rms), group), len(rms))
+    tops = np.maximum.reduceat(rms, edges[:-1])
+    with _style(f"channels {norm.name}"):
+        figure = Figure(figsize=(4.6, 2.6))
+        axes = figure.add_axes((0.12, 0.17, 0.85, 0.8))
+        axes.stairs(tops, edges, fill=True, color=_GREY)
+        axes.set_xlabel("channel" if group == 1 else f"channel (the largest of {group})")
+        axes.set_ylabel("RMS error, LSB")
+        return _svg(figure, f"Error of {norm.name} by channel")
+
+
+def harm(entries: tuple[Harm, ...]) -> str:
+    """Return the model's noise with each norm as an integer one, the worst first."""
+    noise = [0.0 if entry.worst.sqnr_db is None else 10 ** (-entry.worst.sqnr_db / 10) for entry in entries]
+    with _style("harm"):
+        figure = Figure(figsize=(7.0, 2.4))
+        axes = figure.add_axes((0.1, 0.19, 0.88, 0.78))
+        axes.stairs([100 * value for value in noise], np.arange(len(noise) + 1) + 0.5, fill=True, color=_GREY)
+        axes.set_xlabel("norm, by rank")
+        axes.set_ylabel("noise power, %\nof the output's")
+        return _svg(figure, "The model's noise by norm")
+
+
+def _style(salt: str) -> AbstractContextManager[None]:
+    """Draw in the page's style; the salt makes the SVG's ids differ from those of the page's other figures."""
+    options: Any = {**_STYLE, "svg.hashsalt": salt}
+    return mpl.rc_context(options)
+
+
+def _bars(axes: Any, histogram: Histogram, colour: str) -> None:
+    edges = np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.stairs(np.maximum(histogram.counts, 0.5), edges, baseline=0.5, fill=True, color=colour)
+
+
+def _svg(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    canvas: Any = FigureCanvasSVG(figure)
+    canvas.print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for pattern, replacement in _SHORTER:
+        text = pattern.sub(replacement, text)
+    text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', _opening(title), text, count=1)
+    return text.replace(_TEXT, "currentColor")
+
+
+#: What a page of many figures can do without: metadata, names of groups, fonts, and digits beyond a tenth of a point.
+_SHORTER = [
+    (re.compile(pattern, re.DOTALL), replacement)
+    for pattern, replacement in (
+        (r"<metadata>.*?</metadata>|<!--.*?-->", ""),
+        (r' id="(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|FillBetween\w*)_\d+"', ""),
+        (r" font-family: [^;]*;", ""),
+        (r' transform="rotate\(-?0 [^"]*"', ""),
+        (r"(\d)\.(\d)\d+", r"\1.\2"),
+        (r"\s*\n\s*(?=[LzM<])", ""),
+    )
+]
+
+
+def _opening(title: str) -> str:
+    from markupsafe import escape
+
+    label = str(escape(title)).replace("\\", "\\\\")
+    return f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="\\1" role="img" aria-label="{label}">'

@@ -1,0 +1,91 @@
+"""A spec in tables: its formats in words, and the headroom of each accumulator."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .. import proof
+from ..proof import NormKind
+from ..quantization import QuantParams
+from ..spec import LayerNormSpec
+from .report import Property, Width
+from .stages import Computed
+
+
+def properties(spec: LayerNormSpec) -> tuple[Property, ...]:
+    """Return the lines of the spec's table; a Q format gives the bits before and behind the binary point."""
+    shape = " x ".join(map(str, spec.normalized_shape))
+    gain_bits = spec.s2 - spec.F
+    lines = [
+        ("norm", f"{spec.kind.value}, {shape}", f"eps {spec.eps:.4g}"),
+        ("input", str(spec.input.dtype), _quantization(spec.input)),
+        ("output", str(spec.output.dtype), _quantization(spec.output)),
+        ("lane", f"{spec.lane} bits", "the element stage's integers"),
+        ("r", _q(spec.m, 0), "integer square root of V, shifted to fill its bits"),
+        ("eps", f"E = {spec.E}", f"{2 * spec.h} fraction bits, in units of n^2 times the variance in squared codes"),
+        ("p", _q(spec.lane - 1 - spec.K, spec.K), "normalized value, (u - c)*R - D"),
+        ("t", _q(_integer_bits(spec.row_stage.t_max(spec.s1), spec.F), spec.F), f"p >> {spec.s1}, rounded half up"),
+        ("G", _q(_integer_bits(max(map(abs, spec.G)), gain_bits), gain_bits), "gain, in output LSB"),
+        ("B", _q(_integer_bits(max(map(abs, spec.B)), spec.s2), spec.s2), "offset, in output LSB"),
+        ("a", _q(proof.OUTPUT_BITS[spec.lane] - 1 - spec.s2, spec.s2), f"t*G + B, then >> {spec.s2}, rounded half up"),
+    ]
+    return tuple(Property(name=name, value=value, meaning=meaning) for name, value, meaning in lines)
+
+
+def widths(spec: LayerNormSpec, seen: dict[str, float]) -> tuple[Width, ...]:
+    """Return the headroom of each accumulator, seen (see `magnitudes`) and proved by `proof.check_widths`."""
+    row, lane = spec.row_stage, spec.lane - 1.0
+    codes, half1, half2 = row.codes, 2.0 ** (spec.s1 - 1), 2.0 ** (spec.s2 - 1)
+    t_max = row.t_max(spec.s1)
+    a_max = max(t_max * abs(G) + abs(B) for G, B in zip(spec.G, spec.B, strict=True)) + half2
+    lines = [
+        ("u", "input code without its zero point, shifted by its exponent", lane, codes.largest),
+        ("S", "sum of u", 63.0, spec.n * codes.largest),
+        ("V", "n^2 times the variance, and eps", float(proof.V_BITS), (codes.v0_max << 2 * spec.h) + spec.E),
+        ("R", "reciprocal root", lane, row.r_max),
+        ("2dR", "dividend of the mean's remainder", 63.0, spec.n * (row.r_max + 1)),
+        ("p", "normalized value, with the half that rounds it", lane, row.r_max + codes.spread / 2 + 1 + half1),
+        ("t", "normalized value, shortened", lane, t_max),
+        ("a", "output before its shift, with the half", math.log2(proof.output_limit(spec.lane)), a_max),
+    ]
+    if spec.kind is NormKind.RMSNORM:
+        lines = [line for line in lines if line[0] not in ("S", "2dR")]
+    largest = {
+        **seen,
+        "p": seen["p"] + half1,
+        "2dR": 2 * spec.n * seen["D"],  # D is that dividend over 2n, rounded
+    }
+    return tuple(
+        Width(
+            name=name, meaning=meaning, bits=bits, seen=largest[name], proved=float(proved),
+            headroom_seen=_headroom(bits, largest[name]), headroom_proved=_headroom(bits, float(proved)),
+        )
+        for name, meaning, bits, proved in lines
+    )  # fmt: skip
+
+
+def magnitudes(computed: Computed) -> dict[str, float]:
+    """Return the largest magnitude of each accumulator of some rows."""
+    return {name: float(np.abs(getattr(computed, name)).max()) for name in ("u", "S", "V", "R", "D", "p", "t", "a")}
+
+
+def _headroom(bits: float, magnitude: float) -> float:
+    return bits - math.log2(max(magnitude, 1.0))
+
+
+def _q(integer: int, fraction: int) -> str:
+    return f"Q{integer}.{fraction}"
+
+
+def _integer_bits(magnitude: int, fraction: int) -> int:
+    """Return the bits before the binary point, less than 0 where the leading fraction bits are 0 too."""
+    return magnitude.bit_length() - fraction
+
+
+def _quantization(params: QuantParams) -> str:
+    text = f"scale {params.scale:.6g}, zero point {params.zero_point}"
+    if params.exponents is None:
+        return f"{text}, no channel exponents"
+    return f"{text}, channel exponents {min(params.exponents)} to {max(params.exponents)}"
