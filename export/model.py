@@ -169,8 +169,9 @@ def _replace(
     model: ir.Model, norm: Norm, entry: NormParams, form: Form, opset: int, taken: set[str]
 ) -> tuple[ExportedNorm, dict[str, ir.Function]]:
     """Replace one norm; returns where its codes are and the functions that it calls."""
-    spec, x, old = entry.spec, norm.node.inputs[0], norm.node.outputs[0]
-    assert x is not None
+    spec, old = entry.spec, norm.nodes[-1].outputs[0]
+    # by name: the value itself is another one where the norm before it has been replaced
+    x = next(value for node in norm.nodes for value in node.inputs if value is not None and value.name == norm.input)
     tape = Tape()
     shape = spec.normalized_shape
     codes_in = _quantize(tape, x, spec.input, shape, opset)
@@ -183,7 +184,7 @@ def _replace(
         value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(params.dtype.numpy)), x.shape
     for value in tape.initializers:
         model.graph.register_initializer(value)
-    ir.convenience.replace_nodes_and_values(model.graph, norm.node, [norm.node], tape.nodes, [old], [output])
+    ir.convenience.replace_nodes_and_values(model.graph, norm.nodes[-1], norm.nodes, tape.nodes, [old], [output])
     return ExportedNorm(norm.name, x.name or "", codes_in.name or "", codes_out.name or ""), functions
 
 
@@ -192,6 +193,11 @@ def _codes(
 ) -> tuple[ir.Value, dict[str, ir.Function]]:
     """Append the integer norm from codes to codes; returns the result and the functions that it calls."""
     layout = subgraph.Layout.of(spec, rank)
+    if opset < layout.opset:
+        raise ModelError(
+            f"the norm {name!r} needs opset {layout.opset} to be replaced; the model has {opset}. "
+            "Raise it with onnx.version_converter.convert_version"
+        )
     attributes = subgraph.attributes(spec)
     channels = {
         key: tape.initializer(ir.tensor(value), name=f"{name}/{key}" if name else key)

@@ -18,8 +18,13 @@ import onnx_ir.passes.common
 from ..errors import ModelError
 from ..layer import LayerNorm, RMSNorm
 from ..proof import NormKind
+from .decomposed import Decomposed, find_decomposed
 
-_KINDS = {"LayerNormalization": NormKind.LAYERNORM, "RMSNormalization": NormKind.RMSNORM}
+_KINDS = {
+    "LayerNormalization": NormKind.LAYERNORM,
+    "RMSNormalization": NormKind.RMSNORM,
+    "SimplifiedLayerNormalization": NormKind.RMSNORM,  # ONNX Runtime's, which stands in ONNX's own domain
+}
 
 Model = str | PathLike[str] | onnx.ModelProto | ir.Model
 
@@ -31,10 +36,10 @@ class Norm:
     Attributes
     ----------
     name : str
-        The node's name, or that of its output where nodes share a name or have none.
+        The node's name, or that of its output where nodes share a name or have none; of several nodes, the last one's.
     kind : NormKind
     form : str
-        How it is written: the operator's name.
+        How it is written: the operator's name, or ``decomposed``.
     axes : tuple of int
         The normalized axes, counted from the end.
     normalized_shape : tuple of int
@@ -42,7 +47,8 @@ class Norm:
     epsilon : float
     input, output : str
         The names of the tensors that it reads and writes.
-    node : onnx_ir.Node
+    nodes : tuple of onnx_ir.Node
+        What computes it and can be replaced; the last one writes the output.
     layer : LayerNorm, RMSNorm or None
         The float layer, where the norm can be replaced.
     blocker : str or None
@@ -57,7 +63,7 @@ class Norm:
     epsilon: float
     input: str
     output: str
-    node: ir.Node
+    nodes: tuple[ir.Node, ...]
     layer: LayerNorm | RMSNorm | None
     blocker: str | None
 
@@ -94,17 +100,22 @@ def load_model(model: Model) -> ir.Model:
 def find_norms(model: ir.Model) -> list[Norm]:
     """Return the norms of a model's main graph, in its order.
 
-    These are the nodes LayerNormalization (opset 17 and later) and RMSNormalization (opset 23 and later).
+    These are the nodes LayerNormalization (opset 17 and later), RMSNormalization (opset 23 and later) and ONNX
+    Runtime's SimplifiedLayerNormalization, and what computes the same in elementary operators, whatever its spelling.
     """
     names = Counter(node.name for node in model.graph)
-    return [
-        _norm(node, named=bool(node.name) and names[node.name] == 1)
-        for node in model.graph
-        if node.op_type in _KINDS and node.domain in ("", "ai.onnx")
-    ]
+    fused = [node for node in model.graph if node.op_type in _KINDS and node.domain in ("", "ai.onnx")]
+    norms = [_norm(node, _name(node, names)) for node in fused]
+    norms += [_decomposed(region, _name(region.nodes[-1], names)) for region in find_decomposed(model.graph)]
+    order = {node: index for index, node in enumerate(model.graph)}
+    return sorted(norms, key=lambda norm: order[norm.nodes[-1]])
 
 
-def _norm(node: ir.Node, *, named: bool) -> Norm:
+def _name(node: ir.Node, names: Counter[str | None]) -> str:
+    return (node.name if node.name and names[node.name] == 1 else node.outputs[0].name) or ""
+
+
+def _norm(node: ir.Node, name: str) -> Norm:
     x, output = node.inputs[0], node.outputs[0]
     assert x is not None
     kind = _KINDS[node.op_type]
@@ -129,15 +140,44 @@ def _norm(node: ir.Node, *, named: bool) -> Norm:
         elif not shape:
             blocker = "the size of the normalized dimensions is not known"
         else:
-            layer = LayerNorm(shape, epsilon) if kind is NormKind.LAYERNORM else RMSNorm(shape, epsilon)
-            layer.weight = np.broadcast_to(gamma, shape).astype(np.float64)
-            if isinstance(layer, LayerNorm):
-                layer.bias = None if beta is None else np.broadcast_to(beta, shape).astype(np.float64)
+            layer = _layer(kind, shape, epsilon, gamma, beta)
     return Norm(
-        name=(node.name if named else output.name) or "", kind=kind, form=node.op_type, axes=axes,
-        normalized_shape=shape, epsilon=epsilon, input=x.name or "", output=output.name or "", node=node, layer=layer,
-        blocker=blocker,
+        name=name, kind=kind, form=node.op_type, axes=axes, normalized_shape=shape, epsilon=epsilon,
+        input=x.name or "", output=output.name or "", nodes=(node,), layer=layer, blocker=blocker,
     )  # fmt: skip
+
+
+def _decomposed(region: Decomposed, name: str) -> Norm:
+    blocker: str | None = None
+    if region.axes != tuple(range(-len(region.axes), 0)):
+        blocker = f"its axes {', '.join(map(str, region.axes))} are not the last"
+    elif region.used_elsewhere is not None:
+        blocker = f"its inner value {region.used_elsewhere!r} is used elsewhere"
+    elif not region.shape:
+        blocker = "the size of the normalized dimensions is not known"
+    layer = None
+    if blocker is None:
+        gamma, beta = (parameter.reshape(region.shape) for parameter in (region.gamma, region.beta))
+        layer = _layer(region.kind, region.shape, region.epsilon, gamma, beta)
+    return Norm(
+        name=name, kind=region.kind, form="decomposed", axes=region.axes, normalized_shape=region.shape,
+        epsilon=region.epsilon, input=region.input.name or "", output=region.output.name or "", nodes=region.nodes,
+        layer=layer, blocker=blocker,
+    )  # fmt: skip
+
+
+def _layer(
+    kind: NormKind, shape: tuple[int, ...], epsilon: float, gamma: npt.NDArray[Any], beta: npt.NDArray[Any] | None
+) -> LayerNorm | RMSNorm:
+    layer = LayerNorm(shape, epsilon) if kind is NormKind.LAYERNORM else RMSNorm(shape, epsilon)
+    layer.weight = _shaped(gamma, shape)
+    if isinstance(layer, LayerNorm):
+        layer.bias = None if beta is None else _shaped(beta, shape)
+    return layer
+
+
+def _shaped(parameter: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    return np.broadcast_to(parameter, shape).astype(np.float64)
 
 
 def _trailing_shape(x: ir.Value, dims: int, gamma: npt.NDArray[Any] | None) -> tuple[int, ...]:

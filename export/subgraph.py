@@ -87,6 +87,11 @@ class Layout:
         )
 
     @property
+    def opset(self) -> int:
+        """The lowest opset that has the operators: Max, Min and GreaterOrEqual of integers, and Reshape's allowzero."""
+        return 14 if self.flatten else 12
+
+    @property
     def name(self) -> str:
         """The name of the function."""
         kind = "LayerNorm" if self.kind is NormKind.LAYERNORM else "RMSNorm"

@@ -1,0 +1,354 @@
+"""Norms that a model spells out in elementary operators, found by what they compute.
+
+Every norm has a root. From a root's argument, `_Finder` walks back to the tensors that alone decide it, and asks of
+each x whether the argument is var(x) + eps or mean(x**2) + eps over some axes; then it walks forward from x, and asks
+of each value whether it is the norm of x with one gain and offset a channel. Both questions are put to ONNX's reference
+operators, on random tensors of several shapes, scales and means. Constants and casts are widened to float64 for that,
+so that a norm fits to the rounding of its constants, and what only resembles one does not.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..proof import NormKind
+from .evaluation import Array, Evaluator
+
+_REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}
+#: What a value of the same meaning passes through.
+_PASSING = {"Cast", "Identity", "Reshape", "Expand", "Squeeze", "Unsqueeze", "Transpose"}
+_AFFINE = {"Add", "Sub", "Mul", "Div"}
+_ARITHMETIC = _AFFINE | {"Pow", "Sqrt", "Reciprocal", "Neg", "Abs", "Max", "Min", "Clip", "Relu"}
+_SHAPES = {"Shape", "Size", "Gather", "Slice", "Concat", "ReduceProd"}
+_OPERATORS = _REDUCTIONS | _PASSING | _ARITHMETIC | _SHAPES
+
+#: Nodes that a region may have on either side of its x, and beyond an RMSNorm's x in search of a mean before it.
+_MOST_NODES, _MORE_NODES = 64, 8
+#: Elements of a random tensor, at most.
+_MOST_ELEMENTS = 1 << 19
+#: How far a value may be off, in proportion: the rounding of constants such as 1/n, with means of three deviations.
+_TOLERANCE = 1e-5
+#: Means, in deviations, and scales of the random tensors: one where eps decides, and one beyond any reasonable clip.
+_TRIALS = ((1.0, 0.7), (3.0, 1.0), (-1.0, 1e12))
+#: The least scale in place of one where eps decides, where it is 0.
+_LEAST = 1e-15
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """A norm in elementary operators.
+
+    Attributes
+    ----------
+    kind : NormKind
+    axes : tuple of int
+        The normalized axes, counted from the end.
+    shape : tuple of int
+        Their sizes; empty where they are not known.
+    epsilon : float
+    gamma, beta : ndarray
+        Gain and offset of each element of the normalized axes, flattened.
+    input, output : onnx_ir.Value
+    nodes : tuple of onnx_ir.Node
+        What computes the output from the input, and nothing else; the output's node is last.
+    used_elsewhere : str or None
+        The name of an inner value that the rest of the model uses.
+    """
+
+    kind: NormKind
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    epsilon: float
+    gamma: Array
+    beta: Array
+    input: ir.Value
+    output: ir.Value
+    nodes: tuple[ir.Node, ...]
+    used_elsewhere: str | None
+
+
+def find_decomposed(graph: ir.Graph) -> list[Decomposed]:
+    """Return the norms that the graph itself spells out, in the order of their roots."""
+    finder = _Finder(graph)
+    found: dict[ir.Value, Decomposed] = {}
+    with np.errstate(all="ignore"):
+        for argument in finder.roots():
+            norm = finder.norm(argument)
+            if norm is not None:
+                found.setdefault(norm.output, norm)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class _Statistic:
+    """What stands under a root."""
+
+    kind: NormKind
+    axes: tuple[int, ...]
+    epsilon: float
+
+    def inner(self, x: Array) -> tuple[Array, Array]:
+        """Return x, centred for LayerNorm, and its mean square; both keep their dimensions."""
+        if self.kind is NormKind.LAYERNORM:
+            x = x - x.mean(axis=self.axes, keepdims=True)
+        return x, np.square(x).mean(axis=self.axes, keepdims=True)
+
+    def normalize(self, x: Array) -> Array:
+        """Return the normalized x as a matrix, the normalized axes last."""
+        x, square = self.inner(x)
+        return self.rows(x / np.sqrt(square + self.epsilon))
+
+    def rows(self, x: Array) -> Array:
+        """Return x as a matrix, the normalized axes last."""
+        last = range(-len(self.axes), 0)
+        return np.moveaxis(x, self.axes, last).reshape(-1, int(np.prod([x.shape[axis] for axis in self.axes])))
+
+
+class _Finder:
+    """Walks a graph and evaluates parts of it."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._nodes = list(graph)
+        self._order = {node: index for index, node in enumerate(self._nodes)}
+        self._evaluator = Evaluator(graph, _OPERATORS)
+        self._constants = self._evaluator.constants
+
+    def roots(self) -> Iterator[ir.Value]:
+        """Yield the arguments of the square roots."""
+        for node in self._nodes:
+            argument = node.inputs[0] if node.inputs else None
+            if not _known(node) or argument is None or argument in self._constants:
+                continue
+            if node.op_type == "Sqrt":
+                yield argument
+            elif node.op_type == "Pow" and node.inputs[1] in self._constants:
+                exponent = self._evaluator.constant(node.inputs[1])
+                if exponent.size == 1 and abs(exponent.item()) == 0.5:
+                    yield argument
+
+    def norm(self, argument: ir.Value) -> Decomposed | None:
+        """Return the norm with the root of `argument`: a LayerNorm before an RMSNorm, of the nearest x."""
+        nearest: tuple[ir.Value, _Statistic] | None = None
+        most = _MOST_NODES
+        for x, nodes in self._inputs(argument):
+            if len(nodes) > most:
+                break
+            if not any(node.op_type in _REDUCTIONS for node in nodes):
+                continue
+            statistic = self._statistic(x, nodes, argument)
+            if statistic is not None and statistic.kind is NormKind.LAYERNORM:
+                return self._region(x, statistic)
+            if statistic is not None and nearest is None:
+                nearest, most = (x, statistic), len(nodes) + _MORE_NODES
+        return None if nearest is None else self._region(*nearest)
+
+    def _inputs(self, argument: ir.Value) -> Iterator[tuple[ir.Value, list[ir.Node]]]:
+        """Yield each value that alone decides `argument`, the nearest first, with the nodes from it, in order."""
+        open_values, nodes = {argument}, list[ir.Node]()
+        while len(nodes) <= _MOST_NODES:
+            if len(open_values) == 1 and nodes:
+                yield next(iter(open_values)), nodes[::-1]
+            producers = {value.producer() for value in open_values}
+            latest = max(producers, key=lambda node: -1 if node is None else self._order.get(node, -1))
+            if latest is None or latest not in self._order or not _known(latest):
+                return
+            open_values.difference_update(latest.outputs)
+            open_values.update(value for value in latest.inputs if value is not None and value not in self._constants)
+            nodes.append(latest)
+
+    def _statistic(self, x: ir.Value, nodes: list[ir.Node], argument: ir.Value) -> _Statistic | None:
+        """Return what `argument` is of x, where it is a variance or a mean square plus eps."""
+        rng = np.random.default_rng(1)
+        sums = any(node.op_type != "ReduceMean" for node in nodes if node.op_type in _REDUCTIONS)
+        for true in ((-1,), None):
+            shape = self._sizes(x, nodes, true)
+            if shape is None:
+                return None
+            value = rng.normal(loc=1.0, size=shape)
+            results = [self._evaluator.run(nodes, {x: tensor}).get(argument) for tensor in (np.zeros(shape), value)]
+            at_zero, at_value = results
+            if at_zero is None or at_value is None:
+                continue
+            epsilon = float(at_zero.flat[0]) if at_zero.size else -1.0
+            if not (0 <= epsilon < np.inf and np.all(at_zero == epsilon)):
+                return None
+            for count in range(1, len(shape) + 1):
+                for axes in sorted(itertools.combinations(range(-len(shape), 0), count), reverse=True):
+                    for kind in (NormKind.RMSNORM, NormKind.LAYERNORM):
+                        statistic = _Statistic(kind, axes, epsilon)
+                        square = statistic.inner(value)[1]
+                        if _like(at_value, value.shape, square) and _close(at_value, square + epsilon, value.shape):
+                            return statistic
+            if not sums:  # means don't depend on the true size, as a sum times 1/n does
+                return None
+        return None
+
+    def _region(self, x: ir.Value, statistic: _Statistic) -> Decomposed | None:
+        """Return the norm from x to the last value that is one."""
+        nodes = self._consumers(x)
+        fits = self._fits(x, statistic, nodes, statistic.axes) or self._fits(x, statistic, nodes, None)
+        if not fits:
+            return None
+        output = _last(fits)
+        members, used = self._members(x, output)
+        sizes = list(x.shape) if x.shape is not None else [None]
+        shape = [sizes[axis] if -axis <= len(sizes) else None for axis in statistic.axes]
+        gamma, beta = fits[output]
+        if statistic.axes[-1] == -1 and not isinstance(shape[-1], int):
+            shape[-1] = self._width(members)
+        known = all(isinstance(size, int) for size in shape)
+        return Decomposed(
+            statistic.kind, statistic.axes, tuple(int(size) for size in shape) if known else (),  # type: ignore[arg-type]
+            statistic.epsilon, gamma, beta, x, output, members, used,
+        )  # fmt: skip
+
+    def _fits(
+        self, x: ir.Value, statistic: _Statistic, nodes: list[ir.Node], true: Sequence[int] | None
+    ) -> dict[ir.Value, tuple[Array, Array]]:
+        """Return gamma and beta of each value that is the norm of x on all trials, the nearest value first."""
+        rng = np.random.default_rng(2)
+        shape = self._sizes(x, nodes, true)
+        if shape is None:
+            return {}
+        probe = np.resize([1.0, -1.0], int(np.prod(shape)) + 1)[1:].reshape(shape) * rng.uniform(1, 2, size=shape)
+        zero, plus, minus = (self._evaluator.run(nodes, {x: tensor}) for tensor in (np.zeros(shape), probe, -probe))
+        normalized = statistic.normalize(probe)[0]
+        constants = self._evaluator.floats(nodes)
+        dtype = np.float64 if x.dtype == ir.DataType.DOUBLE else np.float32
+        fits: dict[ir.Value, tuple[Array, Array]] = {}
+        for value, at_zero in zero.items():
+            if value is x or at_zero.shape != shape or value not in plus or value not in minus:
+                continue
+            high, low = (statistic.rows(result[value])[0] for result in (plus, minus))
+            gamma = (high - low) / 2 / normalized
+            beta = statistic.rows(at_zero)[0] if statistic.epsilon else (high + low) / 2
+            if not (np.isfinite(gamma).all() and np.isfinite(beta).all() and gamma.any()):
+                continue
+            if not statistic.epsilon:
+                beta = np.where(np.abs(beta) < 1e-12 * np.abs(gamma), 0.0, beta)
+            if statistic.kind is NormKind.LAYERNORM or not beta.any():  # RMSNorm has no offset
+                fits[value] = _exact(gamma, constants, dtype), _exact(beta, constants, dtype)
+        for trial, (mean, scale) in enumerate(_TRIALS):
+            sizes = self._sizes(x, nodes, true, trial)
+            if sizes is None or not fits:
+                return {}
+            unit = scale if trial else scale * max(float(np.sqrt(statistic.epsilon)), _LEAST)
+            spread = np.exp(rng.normal(size=(*sizes[:-1], 1)))
+            tensor = unit * spread * (rng.normal(size=sizes) + mean)
+            results, expected = self._evaluator.run(nodes, {x: tensor}), statistic.normalize(tensor)
+            for value, (gamma, beta) in list(fits.items()):
+                result = results.get(value)
+                if result is not None and result.shape == sizes:
+                    off = np.abs(statistic.rows(result) - (expected * gamma + beta))
+                    if np.all(off <= _TOLERANCE * (np.abs(gamma) * np.maximum(np.abs(expected), 1) + np.abs(beta))):
+                        continue
+                del fits[value]
+        return fits
+
+    def _consumers(self, x: ir.Value) -> list[ir.Node]:
+        """Return the nodes behind x that read nothing else but constants, in order."""
+        known, nodes = {x}, list[ir.Node]()
+        queue = [self._order[node] for node in x.consumers() if node in self._order]
+        seen = set(queue)
+        heapq.heapify(queue)
+        while queue and len(nodes) < _MOST_NODES:
+            node = self._nodes[heapq.heappop(queue)]
+            if not _known(node) or not all(v is None or v in known or v in self._constants for v in node.inputs):
+                continue
+            nodes.append(node)
+            known.update(node.outputs)
+            for consumer in (consumer for value in node.outputs for consumer in value.consumers()):
+                index = self._order.get(consumer)
+                if index is not None and index not in seen:
+                    seen.add(index)
+                    heapq.heappush(queue, index)
+        return nodes
+
+    def _members(self, x: ir.Value, output: ir.Value) -> tuple[tuple[ir.Node, ...], str | None]:
+        """Return the nodes from x to output that can go, in order, and an inner value that the model needs."""
+        last = output.producer()
+        assert last is not None
+        between, stack = set[ir.Node](), [last]
+        while stack:
+            node = stack.pop()
+            if node not in between:
+                between.add(node)
+                inner = (value for value in node.inputs if value is not x and value not in self._constants)
+                stack += [producer for value in inner if value is not None and (producer := value.producer())]
+        members, used = {last}, None
+        for node in sorted(between - {last}, key=self._order.__getitem__, reverse=True):
+            outside = [v for v in node.outputs if v.is_graph_output() or not members.issuperset(v.consumers())]
+            if not outside:
+                members.add(node)
+            elif not _is_integer(outside[0]):  # a shape is of x, and x stays
+                used = used or outside[0].name
+        return tuple(sorted(members, key=self._order.__getitem__)), used
+
+    def _sizes(
+        self, x: ir.Value, nodes: list[ir.Node], true: Sequence[int] | None, trial: int = 0
+    ) -> tuple[int, ...] | None:
+        """Return a shape for x: the true size on the axes `true` (None: on all), small ones elsewhere."""
+        dims: list[Any] = list(x.shape) if x.shape is not None else [None] * (3, 2, 4)[trial]
+        sizes = [2 + (axis + trial) % 3 for axis in range(len(dims))]
+        for axis in range(-len(dims), 0):
+            if true is None or axis in true:
+                size = dims[axis] if isinstance(dims[axis], int) else None
+                sizes[axis] = size or (self._width(nodes) or 12 if axis == -1 else sizes[axis])
+        return tuple(sizes) if sizes and np.prod(sizes, dtype=np.float64) <= _MOST_ELEMENTS else None
+
+    def _width(self, nodes: Iterable[ir.Node]) -> int | None:
+        """Return the size of the last dimension that the nodes' constants imply."""
+        widths = [constant.shape[-1] for constant in self._evaluator.floats(nodes) if constant.ndim]
+        return max((width for width in widths if width > 1), default=None)
+
+
+def _known(node: ir.Node) -> bool:
+    return node.op_type in _OPERATORS and node.domain in ("", "ai.onnx")
+
+
+def _is_integer(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_integer()
+
+
+def _like(statistic: Array, shape: tuple[int, ...], expected: Array) -> bool:
+    """Tell whether a statistic has one element a row, or is expanded to the shape of x."""
+    return statistic.size == expected.size or statistic.shape == shape
+
+
+def _close(statistic: Array, expected: Array, shape: tuple[int, ...]) -> bool:
+    if statistic.size != expected.size:
+        expected = np.broadcast_to(expected, shape)
+    return bool(np.allclose(statistic.ravel(), expected.ravel(), rtol=_TOLERANCE, atol=0))
+
+
+def _exact(fitted: Array, constants: Iterable[Array], dtype: type[np.floating[Any]]) -> Array:
+    """Return the constant of the graph that a fitted parameter is, or the parameter rounded to the graph's type."""
+    for constant in constants:
+        if constant.size in (1, fitted.size) and np.allclose(constant.ravel(), fitted, rtol=1e-6, atol=0):
+            fitted = np.broadcast_to(constant.ravel(), fitted.shape)
+            break
+    return fitted.astype(dtype).astype(np.float64)
+
+
+def _last(fits: dict[ir.Value, tuple[Array, Array]]) -> ir.Value:
+    """Return the value behind one gain and one offset of the nearest that is a norm, as far as nothing else uses it."""
+    current = output = next(iter(fits))
+    while not current.is_graph_output() and len(current.uses()) == 1:
+        node = current.consumers()[0]
+        gamma, beta = fits[current]
+        current = node.outputs[0]
+        if current not in fits:
+            break
+        if node.op_type in _PASSING:
+            continue
+        if beta.any() or node.op_type not in _AFFINE or (node.op_type in ("Mul", "Div") and np.any(gamma != 1)):
+            break
+        output = current
+    return output

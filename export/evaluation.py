@@ -1,0 +1,106 @@
+"""Running parts of a graph in float64, node by node, on ONNX's reference operators."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from ..errors import ModelError
+
+Array = npt.NDArray[Any]
+
+
+class Evaluator:
+    """Computes values of a graph: constants and casts are widened to float64, so that rounding hides nothing.
+
+    Parameters
+    ----------
+    graph : onnx_ir.Graph
+        Its nodes must be in order.
+    operators : container of str
+        ONNX's operators that may be run to fold constants.
+    """
+
+    def __init__(self, graph: ir.Graph, operators: Container[str]) -> None:
+        self._opset = graph.opset_imports.get("", 0)
+        self._operators: dict[ir.Node, ReferenceEvaluator] = {}
+        self._folded: dict[ir.Value, Array] = {}
+        #: What no input of the model decides.
+        self.constants = {value for value in graph.initializers.values() if value.const_value is not None}
+        for node in graph:
+            inputs = [value for value in node.inputs if value is not None]
+            folds = node.op_type in operators and inputs and self.constants.issuperset(inputs)
+            if folds or (node.op_type == "Constant" and ir.convenience.get_const_tensor(node.outputs[0]) is not None):
+                self.constants.update(node.outputs)
+
+    def constant(self, value: ir.Value) -> Array:
+        """Return a constant's value.
+
+        Raises
+        ------
+        ModelError
+            If its external data can't be read.
+        """
+        if value not in self._folded:
+            tensor, producer = ir.convenience.get_const_tensor(value), value.producer()
+            if tensor is None:
+                assert producer is not None
+                self._compute(producer, self._folded)
+            else:
+                try:
+                    array = tensor.numpy()
+                except (OSError, ValueError) as error:
+                    raise ModelError(f"the model's external data can't be read: {error}") from error
+                self._folded[value] = array.astype(np.float64) if tensor.dtype.is_floating_point() else array
+        return self._folded[value]
+
+    def floats(self, nodes: Iterable[ir.Node]) -> list[Array]:
+        """Return the float constants that nodes read."""
+        read = (value for node in nodes for value in node.inputs if value is not None and value in self.constants)
+        return [array for array in map(self.constant, read) if array.dtype == np.float64]
+
+    def run(self, nodes: Iterable[ir.Node], values: dict[ir.Value, Array]) -> dict[ir.Value, Array]:
+        """Add to `values` what nodes compute of it, and return it; those that fail on its shapes are left out."""
+        for node in nodes:
+            try:
+                self._compute(node, values)
+            except ModelError:
+                raise
+            except Exception:  # the reference's operators raise anything where shapes or types don't fit
+                continue
+        return values
+
+    def _compute(self, node: ir.Node, values: dict[ir.Value, Array]) -> None:
+        operator = self._operators.get(node)
+        if operator is None:
+            operator = self._operators[node] = _operator(node, self._opset)
+        feed = {
+            f"x{index}": self.constant(value) if value in self.constants else values[value]
+            for index, value in enumerate(node.inputs)
+            if value is not None
+        }
+        for output, result in zip(node.outputs, operator.run(None, feed), strict=True):
+            values[output] = np.asarray(result)
+
+
+def _operator(node: ir.Node, opset: int) -> ReferenceEvaluator:
+    """Return a node by itself, that computes in float64 where it computes in floats."""
+    proto = ir.to_proto(node)
+    inputs = [f"x{index}" if name else "" for index, name in enumerate(proto.input)]
+    outputs = [f"y{index}" for index in range(len(proto.output))]
+    proto.input[:], proto.output[:] = inputs, outputs
+    for attribute in proto.attribute:
+        if node.op_type == "Cast" and attribute.name == "to" and ir.DataType(attribute.i).is_floating_point():
+            attribute.i = onnx.TensorProto.DOUBLE
+    graph = onnx.helper.make_graph([proto], "node", _untyped(inputs), _untyped(outputs))
+    return ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)]))
+
+
+def _untyped(names: list[str]) -> list[onnx.ValueInfoProto]:
+    return [onnx.helper.make_value_info(name, onnx.TypeProto()) for name in names if name]

@@ -1,0 +1,411 @@
+"""Norms in elementary operators: found whatever their spelling, with their constants; and what only resembles one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper
+
+from fxp_layernorm import ModelError, export
+from fxp_layernorm.calibration import calibrate_model
+from fxp_layernorm.runtime import Feeds
+
+N = 16
+EPS = float(np.float32(1e-5))
+RNG = np.random.default_rng(7)
+CONSTANTS: dict[str, Any] = {
+    "gamma": np.exp(0.3 * RNG.normal(size=N)).astype(np.float32),
+    "beta": (0.2 * RNG.normal(size=N)).astype(np.float32),
+    "weight": RNG.normal(size=N).astype(np.float32),
+    "eps": np.float32(1e-5), "zero": np.float32(0), "one": np.float32(1), "two": np.float32(2), "half": np.float32(0.5),
+    "minus_half": np.float32(-0.5), "inverse_n": np.float32(1 / N), "n": np.float32(N), "sqrt_n": np.float32(N**0.5),
+    "n_less_1": np.float32(N - 1), "inverse_n_less_1": np.float32(1 / (N - 1)),
+    "last": np.array([-1]), "last_two": np.array([-2, -1]), "middle": np.array([1]), "first": np.array([0]),
+    "matrix": RNG.normal(size=(5, N)).astype(np.float32), "rows_of_5": RNG.normal(size=(5, 1)).astype(np.float32),
+    "channels": RNG.normal(size=(1, 5, 1)).astype(np.float32), "to_rows": np.array([-1, N]),
+    "mean16": RNG.normal(size=N).astype(np.float32), "var16": np.exp(RNG.normal(size=N)).astype(np.float32),
+    "gamma_less_1": RNG.normal(size=N).astype(np.float32), "tiny": np.float32(1e-12),
+    "huge": np.float32(65504),
+}  # fmt: skip
+
+CENTRED = "m = MEAN(h) d = Sub(h, m) "
+VARIANCE = CENTRED + "s = Pow(d, two) v = MEAN(s) a = Add(v, eps) "
+AFFINE = "g = Mul(u, gamma) o = Add(g, beta)"
+
+#: LayerNorms, from h to o: what computes them, and whether they have gamma and beta.
+LAYERNORMS: dict[str, tuple[str, bool, bool]] = {
+    "torch": (VARIANCE + "r = Sqrt(a) u = Div(d, r) " + AFFINE, True, True),
+    "operands swapped": (VARIANCE + "r = Sqrt(a) u = Div(d, r) g = Mul(gamma, u) o = Add(beta, g)", True, True),
+    "square by Mul": (CENTRED + "s = Mul(d, d) v = MEAN(s) a = Add(eps, v) r = Sqrt(a) u = Div(d, r) " + AFFINE,
+                      True, True),
+    "two Subs": (VARIANCE + "r = Sqrt(a) e = Sub(h, m) u = Div(e, r) " + AFFINE, True, True),
+    "Identity": (CENTRED + "i = Identity(d) s = Pow(i, two) v = MEAN(s) a = Add(v, eps) b = Identity(a) r = Sqrt(b) "
+                 "u = Div(d, r) k = Identity(u) " + AFFINE.replace("u,", "k,"), True, True),
+    "Reciprocal": (VARIANCE + "r = Sqrt(a) q = Reciprocal(r) u = Mul(d, q) " + AFFINE, True, True),
+    "one over": (VARIANCE + "r = Sqrt(a) q = Div(one, r) u = Mul(d, q) " + AFFINE, True, True),
+    "Pow": (VARIANCE + "q = Pow(a, minus_half) u = Mul(d, q) " + AFFINE, True, True),
+    "Pow for the root": (VARIANCE + "r = Pow(a, half) u = Div(d, r) " + AFFINE, True, True),
+    "no bias": (VARIANCE + "r = Sqrt(a) u = Div(d, r) o = Mul(u, gamma)", True, False),
+    "no gain": (VARIANCE + "r = Sqrt(a) u = Div(d, r) o = Add(u, beta)", False, True),
+    "no affine": (VARIANCE + "r = Sqrt(a) o = Div(d, r)", False, False),
+    "E[x^2] - E[x]^2": ("m = MEAN(h) s = Mul(h, h) e = MEAN(s) t = Mul(m, m) w = Sub(e, t) v = Max(zero, w) "
+                        "a = Add(v, eps) r = Sqrt(a) d = Sub(h, m) u = Div(d, r) " + AFFINE, True, True),
+    "flax": ("m = MEAN(h) s = Mul(h, h) e = MEAN(s) t = Mul(m, m) w = Sub(e, t) v = Max(w, zero) d = Sub(h, m) "
+             "a = Add(v, eps) r = Sqrt(a) q = Reciprocal(r) p = Mul(q, gamma) g = Mul(d, p) o = Add(g, beta)",
+             True, True),
+    "keras": (VARIANCE + "r = Sqrt(a) q = Reciprocal(r) p = Mul(q, gamma) l = Mul(h, p) c = Mul(m, p) "
+              "b = Sub(beta, c) o = Add(l, b)", True, True),
+    "squared difference": (CENTRED + "e = Sub(m, h) s = Mul(e, e) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) "
+                           "u = Div(d, r) " + AFFINE, True, True),
+    "sums": ("z = SUM(h) m = Mul(z, inverse_n) d = Sub(h, m) s = Mul(d, d) y2 = SUM(s) v = Mul(y2, inverse_n) "
+             "a = Add(v, eps) r = Sqrt(a) u = Div(d, r) " + AFFINE, True, True),
+    "sums by n": ("z = SUM(h) m = Div(z, n) d = Sub(h, m) y2 = ReduceSumSquare<axes = [-1]>(d) v = Div(y2, n) "
+                  "a = Add(v, eps) r = Sqrt(a) u = Div(d, r) " + AFFINE, True, True),
+    "expanded": ("f = Shape(h) m = MEAN(h) b = Expand(m, f) d = Sub(h, b) s = Pow(d, two) v = MEAN(s) a = Add(v, eps) "
+                 "c = Expand(a, f) r = Sqrt(c) u = Div(d, r) " + AFFINE, True, True),
+    "no kept dimensions": ("m1 = FLATMEAN(h) m = UNSQUEEZE(m1) d = Sub(h, m) s = Pow(d, two) v1 = FLATMEAN(s) "
+                           "a1 = Add(v1, eps) r1 = Sqrt(a1) r = UNSQUEEZE(r1) u = Div(d, r) " + AFFINE, True, True),
+    "constants computed": (VARIANCE + "r = Sqrt(a) u = Div(d, r) i = Identity(gamma) g = Mul(u, i) "
+                           "b = Mul(beta, one) o = Add(g, b)", True, True),
+    "Constant nodes": ("k = Constant<value_float = 2.0>() c = Constant<value_float = 1e-5>() " + CENTRED +
+                       "s = Pow(d, k) v = MEAN(s) a = Add(v, c) r = Sqrt(a) u = Div(d, r) " + AFFINE, True, True),
+    "negated": ("m = MEAN(h) e = Sub(m, h) s = Mul(e, e) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) f = Neg(e) "
+                "u = Div(f, r) " + AFFINE, True, True),
+}  # fmt: skip
+
+SQUARE = "s = Pow(h, two) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) "
+RMSNORMS: dict[str, str] = {
+    "Llama": SQUARE + "q = Reciprocal(r) u = Mul(h, q) o = Mul(gamma, u)",
+    "Div": SQUARE + "u = Div(h, r) o = Mul(u, gamma)",
+    "one over": SQUARE + "q = Div(one, r) u = Mul(h, q) o = Mul(u, gamma)",
+    "gain first": SQUARE + "q = Reciprocal(r) p = Mul(q, gamma) o = Mul(h, p)",
+    "square by Mul": "s = Mul(h, h) v = MEAN(s) a = Add(v, eps) q = Pow(a, minus_half) u = Mul(h, q) o = Mul(u, gamma)",
+}
+
+#: What is no norm, or none that one gain and offset a channel express.
+OTHERS: dict[str, str] = {
+    "batch normalization": "d = Sub(h, mean16) a = Add(var16, eps) r = Sqrt(a) u = Div(d, r) " + AFFINE,
+    "softmax": "m = ReduceMax<axes = [-1]>(h) d = Sub(h, m) e = Exp(d) s = SUM(e) o = Div(e, s)",
+    "L2 normalization": "s = Mul(h, h) v = SUM(s) r = Sqrt(v) o = Div(h, r)",
+    "L2 normalization with eps": "s = Mul(h, h) v = SUM(s) a = Add(v, eps) r = Sqrt(a) o = Div(h, r)",
+    "L2 normalization, clamped": "s = Mul(h, h) v = SUM(s) r = Sqrt(v) c = Max(r, tiny) o = Div(h, c)",
+    "n - 1": CENTRED
+    + "s = Mul(d, d) z = SUM(s) v = Mul(z, inverse_n_less_1) a = Add(v, eps) r = Sqrt(a) o = Div(d, r)",
+    "eps behind the root": CENTRED + "s = Mul(d, d) v = MEAN(s) r = Sqrt(v) a = Add(r, eps) o = Div(d, a)",
+    "tiny eps behind the root": CENTRED + "s = Mul(d, d) v = MEAN(s) r = Sqrt(v) a = Add(r, tiny) o = Div(d, a)",
+    "eps as the least variance": CENTRED + "s = Mul(d, d) v = MEAN(s) a = Max(v, eps) r = Sqrt(a) o = Div(d, r)",
+    "not centred above": CENTRED + "s = Mul(d, d) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) o = Div(h, r)",
+    "not centred below": CENTRED + "s = Mul(h, h) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) o = Div(d, r)",
+    "standard deviation only": VARIANCE + "r = Sqrt(a) o = Mul(r, two)",
+    "cubes": CENTRED + "s = Pow(d, two) t = Abs(d) c = Mul(s, t) v = MEAN(c) a = Add(v, eps) r = Sqrt(a) o = Div(d, r)",
+    "scaled variance": CENTRED + "s = Mul(d, d) v = MEAN(s) w = Mul(v, two) a = Add(w, eps) r = Sqrt(a) o = Div(d, r)",
+    "clipped deviations": CENTRED
+    + "c = Clip(d, minus_half, half) s = Mul(c, c) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) "
+    "o = Div(d, r)",
+    "clipped variance": CENTRED
+    + "s = Mul(d, d) c = MEAN(s) v = Min(c, huge) a = Add(v, eps) r = Sqrt(a) o = Div(d, r)",
+    "two tensors": VARIANCE + "r = Sqrt(a) e = Sub(x, m) o = Div(e, r)",
+    "attention's scale": "f = Shape(h) c = Gather(f, last) k = Cast<to = 1>(c) r = Sqrt(k) o = Div(h, r)",
+}
+
+
+def model_of(text: str, *, opset: int = 13, ir_version: int = 8, shape: str = "batch, 5, 16", **extra: Any) -> Any:
+    """Return ``o = f(x * weight), y = tanh(o)``; MEAN, SUM and UNSQUEEZE stand for what the opset has."""
+    by_input = opset >= 18
+    for macro, operator, keep, since in (
+        ("FLATMEAN", "ReduceMean", 0, 18), ("MEAN", "ReduceMean", 1, 18), ("SUM", "ReduceSum", 1, 13),
+    ):  # fmt: skip
+        call = (
+            f"{operator}<keepdims = {keep}>(#, last)"
+            if opset >= since
+            else f"{operator}<axes = [-1], keepdims = {keep}>(#)"
+        )
+        for name in "hsdecwi":
+            text = text.replace(f" {macro}({name})", " " + call.replace("#", name))
+    if opset >= 13:
+        for name in ("m1", "r1"):
+            text = text.replace(f"UNSQUEEZE({name})", f"Unsqueeze({name}, last)")
+    text = text.replace("UNSQUEEZE", "Unsqueeze<axes = [-1]>")
+    if by_input:
+        text = text.replace("ReduceSumSquare<axes = [-1]>(d)", "ReduceSumSquare(d, last)")
+        text = text.replace("ReduceMax<axes = [-1]>(h)", "ReduceMax(h, last)")
+    model = onnx.parser.parse_model(
+        f'<ir_version: {ir_version}, opset_import: ["": {opset}]> '
+        f"g (float[{shape}] x) => (float[{shape}] y) {{ h = Mul(x, weight) {text} y = Tanh(o) }}"
+    )
+    used = {name for node in model.graph.node for name in node.input}
+    for name, value in {**CONSTANTS, **extra}.items():
+        if name in used:
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    return model
+
+
+def find(model: onnx.ModelProto) -> list[export.Norm]:
+    return export.find_norms(export.load_model(model))
+
+
+def data_of(*shape: int, count: int = 2) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(3)
+    return [{"x": (3 * rng.normal(size=shape) + 1).astype(np.float32)} for _ in range(count)]
+
+
+def assert_replaced(model: onnx.ModelProto, feeds: list[dict[str, Any]], form: str = "inline") -> onnx.ModelProto:
+    """Replace all norms; the codes must be the kernel's, the outputs near, and no root left in float."""
+    params = calibrate_model(model, Feeds(feeds), "int16", "int16")
+    exported = export.quantize_model(model, params, form=form)
+    result = export.verify(model, exported, params, Feeds(feeds))
+    assert result.exact
+    assert all(check.cosine > 0.9999 for check in result.outputs)
+    onnx.checker.check_model(exported, full_check=True)
+    assert len(params.norms) == len(find(model))
+    assert not [norm for norm in find(exported) if norm.form != "decomposed"]
+    return exported
+
+
+def assert_is(norm: export.Norm, kind: str, *, gamma: bool = True, beta: bool = True) -> None:
+    assert (norm.kind, norm.form, norm.blocker) == (kind, "decomposed", None)
+    assert (norm.axes, norm.normalized_shape, norm.epsilon) == ((-1,), (N,), EPS)
+    assert (norm.input, norm.output, norm.name) == ("h", "o", "o")
+    assert norm.layer is not None
+    np.testing.assert_array_equal(norm.layer.gamma, CONSTANTS["gamma"] if gamma else np.ones(N))
+    np.testing.assert_array_equal(norm.layer.beta, CONSTANTS["beta"] if beta else np.zeros(N))
+
+
+@pytest.mark.parametrize("opset", [12, 13, 18, 21])
+@pytest.mark.parametrize("spelling", LAYERNORMS)
+def test_layernorm_is_found_and_replaced(spelling: str, opset: int) -> None:
+    text, gamma, beta = LAYERNORMS[spelling]
+    model = model_of(text, opset=opset)
+    (norm,) = find(model)
+    assert_is(norm, "layernorm", gamma=gamma, beta=beta)
+    exported = assert_replaced(model, data_of(2, 5, N))
+    assert not {node.op_type for node in exported.graph.node} & {"Sqrt", "Pow", "ReduceMean"}
+
+
+@pytest.mark.parametrize("opset", [12, 18])
+@pytest.mark.parametrize("spelling", RMSNORMS)
+def test_rmsnorm_is_found_and_replaced(spelling: str, opset: int) -> None:
+    model = model_of(RMSNORMS[spelling], opset=opset)
+    (norm,) = find(model)
+    assert_is(norm, "rmsnorm", beta=False)
+    assert_replaced(model, data_of(2, 5, N))
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_only_resembles_a_norm_stays(other: str, opset: int) -> None:
+    model = model_of(OTHERS[other], opset=opset)
+    assert find(model) == []
+    with pytest.raises(ModelError, match="no norm that can be replaced"):
+        calibrate_model(model, Feeds(data_of(2, 5, N)))
+
+
+def test_opset_11_is_found_but_lacks_the_integer_operators() -> None:
+    model = model_of(LAYERNORMS["torch"][0], opset=11)
+    assert_is(find(model)[0], "layernorm")
+    params = calibrate_model(model, Feeds(data_of(2, 5, N)))
+    with pytest.raises(ModelError, match="needs opset 12 to be replaced; the model has 11"):
+        export.quantize_model(model, params)
+
+
+@pytest.mark.parametrize("shape", ["a, 16", "16", "2, 16", "a, b, c, 16", "1, 1, 16", "a, b, width"])
+def test_shapes(shape: str) -> None:
+    """The rank and the sizes don't matter; where the last size isn't declared, it is the parameters'."""
+    model = model_of(LAYERNORMS["torch"][0], opset=18, shape=shape)
+    (norm,) = find(model)
+    assert_is(norm, "layernorm")
+    sizes = {"a": 2, "b": 3, "c": 2, "width": N}
+    assert_replaced(model, data_of(*(sizes[d] if d in sizes else int(d) for d in shape.split(", "))), "function")
+
+
+def test_shapes_that_are_not_known() -> None:
+    text = LAYERNORMS["torch"][0]
+    model = model_of("w = Reshape(h, to) " + text.replace("(h", "(w"), to=np.array([2, 5, N]))
+    del model.graph.initializer[[tensor.name for tensor in model.graph.initializer].index("to")]
+    model.graph.input.append(onnx.helper.make_tensor_value_info("to", onnx.TensorProto.INT64, ["rank"]))
+    (norm,) = find(model)
+    assert (norm.input, norm.normalized_shape, norm.blocker) == ("w", (N,), None)
+    no_size = model_of(LAYERNORMS["no affine"][0], shape="a, b, width", weight=np.float32(2))
+    assert find(no_size)[0].blocker == "the size of the normalized dimensions is not known"
+
+
+def test_two_axes() -> None:
+    text = LAYERNORMS["torch"][0].replace("gamma", "matrix").replace("beta", "matrix")
+    for opset in (14, 18):
+        model = model_of(text.replace("MEAN", "ReduceMean"), opset=opset)
+        for node in model.graph.node:
+            if node.op_type == "ReduceMean" and opset < 18:
+                node.attribute.append(onnx.helper.make_attribute("axes", [1, 2]))
+            elif node.op_type == "ReduceMean":
+                node.input.append("last_two")
+        if opset >= 18:
+            model.graph.initializer.append(numpy_helper.from_array(CONSTANTS["last_two"], "last_two"))
+        (norm,) = find(model)
+        assert (norm.axes, norm.normalized_shape, norm.epsilon) == ((-2, -1), (5, N), EPS)
+        assert norm.layer is not None
+        np.testing.assert_array_equal(norm.layer.gamma, CONSTANTS["matrix"].ravel())
+        np.testing.assert_array_equal(norm.layer.beta, CONSTANTS["matrix"].ravel())
+        assert_replaced(model, data_of(2, 5, N))
+
+
+def test_axes_that_are_not_the_last_are_listed() -> None:
+    text = LAYERNORMS["torch"][0].replace("gamma", "channels").replace("beta", "channels")
+    model = model_of(text.replace("MEAN", "ReduceMean<axes = [1]>"))
+    (norm,) = find(model)
+    assert (norm.axes, norm.normalized_shape, norm.output) == ((-2,), (5,), "o")
+    assert norm.blocker == "its axes -2 are not the last"
+    assert norm.layer is None
+
+
+def test_a_gain_that_is_no_channels_stays_outside() -> None:
+    """Behind a norm, a gain for each token is one more operator, and so is a second gain or offset."""
+    model = model_of(VARIANCE + "r = Sqrt(a) u = Div(d, r) o = Mul(u, rows_of_5)")
+    assert [(norm.output, norm.blocker) for norm in find(model)] == [("u", None)]
+    assert_replaced(model, data_of(2, 5, N))
+    model = model_of(VARIANCE + "r = Sqrt(a) u = Div(d, r) g = Mul(u, gamma) b = Add(g, beta) o = Mul(b, two)")
+    assert [norm.output for norm in find(model)] == ["b"]
+    model = model_of(SQUARE + "u = Div(h, r) g = Mul(u, gamma) o = Add(g, beta)")  # RMSNorm has no offset
+    assert [norm.output for norm in find(model)] == ["g"]
+    assert_replaced(model, data_of(2, 5, N))
+
+
+def test_eps_of_zero() -> None:
+    text = LAYERNORMS["torch"][0].replace("a = Add(v, eps)", "a = Identity(v)")
+    (norm,) = find(model_of(text))
+    assert norm.epsilon == 0
+    assert norm.layer is not None
+    np.testing.assert_array_equal(norm.layer.gamma, CONSTANTS["gamma"])
+    np.testing.assert_array_equal(norm.layer.beta, CONSTANTS["beta"])
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-3, 0.1])
+def test_eps_is_the_graphs(eps: float) -> None:
+    (norm,) = find(model_of(LAYERNORMS["E[x^2] - E[x]^2"][0], eps=np.float32(eps)))
+    assert norm.epsilon == float(np.float32(eps))
+
+
+def test_gain_that_the_graph_computes() -> None:
+    """Gemma's gain is 1 + weight, rounded as the model rounds it."""
+    model = model_of(SQUARE + "q = Reciprocal(r) u = Mul(h, q) k = Add(gamma_less_1, one) o = Mul(u, k)")
+    (norm,) = find(model)
+    assert norm.layer is not None
+    np.testing.assert_array_equal(norm.layer.gamma, CONSTANTS["gamma_less_1"] + np.float32(1))
+    assert_replaced(model, data_of(2, 5, N))
+
+
+def test_mixed_precision() -> None:
+    """float16 outside, float32 for the statistics, and float16 again for gamma and beta."""
+    text = (
+        "p = Cast<to = 10>(h) i = Cast<to = 1>(p) "
+        "m = MEAN(i) d = Sub(i, m) s = Pow(d, two) v = MEAN(s) a = Add(v, eps) "
+        "r = Sqrt(a) u = Div(d, r) w = Cast<to = 10>(u) g = Mul(w, gamma) b = Add(g, beta) o = Cast<to = 1>(b)"
+    )
+    half = {name: CONSTANTS[name].astype(np.float16) for name in ("gamma", "beta")}
+    model = model_of(text, **half)
+    (norm,) = find(model)
+    assert (norm.input, norm.output, norm.epsilon, norm.blocker) == ("i", "b", EPS, None)
+    assert norm.layer is not None
+    np.testing.assert_array_equal(norm.layer.gamma, half["gamma"])
+    assert_replaced(model, data_of(2, 5, N))
+
+
+def test_inner_values_that_are_needed() -> None:
+    model = model_of(LAYERNORMS["torch"][0])
+    model.graph.output.append(onnx.helper.make_tensor_value_info("m", onnx.TensorProto.FLOAT, None))
+    assert [norm.blocker for norm in find(model)] == ["its inner value 'm' is used elsewhere"]
+    model = model_of(LAYERNORMS["torch"][0].replace("o = Add", "o2 = Add") + " f = Sin(d) o = Add(o2, f)")
+    assert [norm.blocker for norm in find(model)] == ["its inner value 'd' is used elsewhere"]
+
+
+def test_constants_that_others_use_stay() -> None:
+    """Two norms share all constants, as nodes and as initializers; one of them is replaced."""
+    first = LAYERNORMS["Constant nodes"][0].replace("o =", "o1 =")
+    model = model_of(first + " o = Identity(o1)")
+    nodes = {node.output[0]: node for node in model.graph.node}
+    del model.graph.node[list(nodes).index("o") :]
+    for name in ("m", "d", "s", "v", "a", "r", "u", "g", "o1"):
+        node = model.graph.node.add()
+        node.CopyFrom(nodes[name])
+        for names in (node.input, node.output):
+            names[:] = [{"h": "o1", "o1": "o"}.get(v, f"{v}2" if v in nodes and v not in "kc" else v) for v in names]
+    model.graph.node.append(nodes["y"])
+    assert [(norm.input, norm.output) for norm in find(model)] == [("h", "o1"), ("o1", "o")]
+    assert_replaced(model, data_of(2, 5, N))
+    params = calibrate_model(model, Feeds(data_of(2, 5, N)))
+    some = export.quantize_model(model, dataclasses.replace(params, norms=params.norms[:1]))
+    onnx.checker.check_model(some, full_check=True)
+    (left,) = find(some)
+    assert (left.input, left.output, left.epsilon) == ("o1", "o", EPS)
+    np.testing.assert_array_equal(left.layer.gamma if left.layer else [], CONSTANTS["gamma"])
+
+
+def test_simplified_layer_normalization() -> None:
+    """ONNX Runtime's RMSNorm, which it registers in ONNX's own domain."""
+    model = model_of("o = SimplifiedLayerNormalization<axis = -1, epsilon = 1e-5>(h, gamma)", opset=17)
+    (norm,) = find(model)
+    assert (norm.kind, norm.form, norm.normalized_shape, norm.epsilon) == (
+        "rmsnorm", "SimplifiedLayerNormalization", (N,), EPS,
+    )  # fmt: skip
+    params = calibrate_model(model, Feeds(data_of(2, 5, N)))
+    assert export.verify(model, export.quantize_model(model, params), params, Feeds(data_of(2, 5, N))).exact
+
+
+def test_text_recognition() -> None:
+    """PP-OCRv4: five norms as PaddlePaddle exports them, at opset 12, in 860 nodes."""
+    spec = importlib.util.find_spec("rapidocr_onnxruntime")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("rapidocr-onnxruntime is not installed")
+    path = next((Path(spec.submodule_search_locations[0]) / "models").glob("*rec*.onnx"))
+    model = export.load_model(path)
+    start = time.perf_counter()
+    norms = export.find_norms(model)
+    assert time.perf_counter() - start < 2
+    assert [(norm.kind, norm.normalized_shape, norm.blocker) for norm in norms] == [("layernorm", (120,), None)] * 5
+    assert [norm.epsilon for norm in norms] == [EPS] * 4 + [float(np.float32(1e-6))]
+    for norm in norms:
+        assert norm.layer is not None
+        for parameter, node in ((norm.layer.gamma, "Mul"), (norm.layer.beta, "Add")):
+            inputs = [used.inputs[1] for used in norm.nodes if used.op_type == node]
+            tensor = ir.convenience.get_const_tensor(inputs[-1]) if inputs[-1] is not None else None
+            np.testing.assert_array_equal(parameter, tensor.numpy() if tensor is not None else None)
+    feeds = [{"x": np.random.default_rng(4).uniform(-1, 1, size=(1, 3, 48, 160)).astype(np.float32)}]
+    params = calibrate_model(path, Feeds(feeds))
+    for form in ("inline", "function"):
+        assert export.verify(path, export.quantize_model(path, params, form=form), params, Feeds(feeds)).exact
+
+
+@pytest.mark.parametrize("opset", [14, 16])
+@pytest.mark.parametrize(
+    ("shape", "options"), [((N,), {}), ((5, N), {}), ((N,), {"bias": False}), ((N,), {"elementwise_affine": False})]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_torch_exports(opset: int, shape: tuple[int, ...], options: dict[str, bool]) -> None:
+    torch = pytest.importorskip("torch")
+    norm = torch.nn.LayerNorm(shape, eps=1e-6, **options)
+    for parameter in norm.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 2)
+    module = torch.nn.Sequential(torch.nn.Linear(N, N), norm, torch.nn.GELU()).eval()
+    file = io.BytesIO()
+    torch.onnx.export(
+        module, (torch.zeros(2, 5, N),), file, dynamo=False, opset_version=opset, input_names=["x"],
+        dynamic_axes={"x": {0: "batch"}},
+    )  # fmt: skip
+    model = onnx.load_from_string(file.getvalue())
+    (found,) = find(model)
+    assert (found.normalized_shape, found.epsilon, found.blocker) == (shape, float(np.float32(1e-6)), None)
+    assert found.layer is not None
+    if norm.weight is not None:
+        np.testing.assert_array_equal(found.layer.gamma, norm.weight.detach().numpy().ravel())
+    if norm.bias is not None:
+        np.testing.assert_array_equal(found.layer.beta, norm.bias.detach().numpy().ravel())
+    assert_replaced(model, data_of(3, 5, N))
