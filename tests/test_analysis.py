@@ -232,6 +232,8 @@ def test_clipping_is_reported_and_a_range_without_it_suggested() -> None:
         (iter([np.ones((2, 48)), np.full((2, 48), np.inf)]), DataError, "sample 1: 96 values"),
         (np.ones((2, 47)), InputError, r"\(2, 47\); its last dimensions must be \(48,\)"),
         (np.array(["a"] * 48), InputError, "real values"),
+        (np.full((2, 48), 1e200), DataError, "a value is 1e.200, beyond"),
+        (5, DataError, "the samples are 5; an array"),
     ],
 )
 def test_bad_samples(samples: Any, error: type[Exception], message: str) -> None:
@@ -245,8 +247,11 @@ def test_degenerate_rows() -> None:
     single = fxp.plan(fxp.LayerNorm(1), params_of("int8"), params_of("int8"))
     exact = fxp.analyze(single, np.ones((3, 1)))
     assert (exact.sqnr_db, exact.cosine, exact.attribution.total_lsb2) == (None, None, 0)
-    huge = fxp.analyze(calibrated(), 1e30 * real_rows(count=3))
-    assert huge.input_saturation.clipped == 3 * 48
+    for size in (1e30, 5e36):
+        huge = fxp.analyze(calibrated(), size * real_rows(count=3))
+        assert huge.input_saturation.clipped == 3 * 48
+    tiny = fxp.analyze(calibrated(), 1e-40 * real_rows(count=3))
+    assert tiny.arithmetic.max_lsb <= tiny.proved_bound_lsb
 
 
 def test_normalized_shape_of_several_dimensions() -> None:
@@ -287,6 +292,9 @@ def test_model() -> None:
     commands = [suggestion.command for suggestion in analysis.suggestions]
     assert len(set(commands)) == len(commands) > 0
     assert all(command.startswith("fxp-layernorm calibrate MODEL.onnx --data DATA -o ") for command in commands)
+    named = analyze_model(model, params, data, model_name="a b.onnx", data_name="seen/", calibration_name="other/")
+    assert (named.model, named.data) == ("a b.onnx", "seen/")
+    assert "calibrate 'a b.onnx' --data other/ -o PARAMS.json" in named.suggestions[0].command
 
 
 def test_only_the_norm_of_a_line_is_replaced() -> None:

@@ -148,7 +148,10 @@ def _for_side(name: str, side: _Side, spec: LayerNormSpec, command: Command) -> 
             option.dtype, side.seen.low, side.seen.high, method=option.method, exponents=option.exponents,
             smallest_scale=side.smallest_scale,
         )  # fmt: skip
-        least = min(side.error(params) for params in tried)
+        try:
+            least = min(side.error(params) for params in tried)
+        except FxpError:  # no scale that codes may have
+            continue
         gain = present / least if least else np.inf
         overall = 1 / (1 - side.share + side.share / gain) if gain > 1 else 1.0
         if overall >= WORTH * reached:

@@ -37,6 +37,7 @@ def analyze_model(
     model_name: str | None = None,
     data_name: str = "DATA",
     params_name: str = "PARAMS.json",
+    calibration_name: str | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> ModelAnalysis:
     """Return where each norm of a model loses what, and which of them hurt the model.
@@ -51,7 +52,9 @@ def analyze_model(
         What `calibrate` found; the norms in it are analyzed.
     feeds : Feeds
     model_name, data_name, params_name : str, optional
-        How suggestions name the files.
+        How the report and its suggestions name the files.
+    calibration_name : str, optional
+        What suggestions calibrate on; by default `data_name`.
     advance : callable
         Called after each feed, and after each norm that was replaced: ``len(feeds) + len(params.norms) + 1`` times.
 
@@ -66,7 +69,7 @@ def analyze_model(
     if model_name is None:
         model_name = str(model) if isinstance(model, str | PathLike) else "MODEL.onnx"
     everything = quantize_model(loaded, params)  # refuses parameters of another model before anything runs
-    command = Command(model_name, data_name, params_name)
+    command = Command(model_name, calibration_name or data_name, params_name)
     analyzers = [NormAnalyzer(norm.spec, norm.name, command) for norm in params.norms]
     session = Session(loaded, list(dict.fromkeys(norm.input for norm in params.norms)))
     held: list[_Held] = []

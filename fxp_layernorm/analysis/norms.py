@@ -15,7 +15,7 @@ from ..calibration.observers import MinMaxObserver, RowSample
 from ..errors import DataError, FxpError
 from ..layer import LayerNorm, RMSNorm
 from ..proof import NormKind
-from ..quantization import QuantParams
+from ..quantization import LARGEST_SCALE, QuantParams
 from ..reference import ideal
 from ..spec import LayerNormSpec
 from . import advice, stages, tables
@@ -81,13 +81,15 @@ class NormAnalyzer:
         Raises
         ------
         DataError
-            If a value is NaN or infinite.
+            If a value is NaN, infinite or beyond float32's range.
         InputError
             If the trailing shape is another.
         """
         rows = self.layer.rows(x)
         first = self.rows
         self._input.update(rows)
+        if rows.size and float(np.abs(rows).max()) > LARGEST_SCALE:
+            raise DataError(f"a value is {float(np.abs(rows).max()):.3g}, beyond float32's range")
         self._sample.update(rows)
         step = max(1, stages.BLOCK_ELEMENTS // self.spec.n)
         for start in range(0, len(rows), step):
@@ -229,7 +231,7 @@ def analyze(
     Raises
     ------
     DataError
-        If there is no sample, or one holds NaN or infinite values.
+        If there is no sample, or one holds values that are NaN, infinite or beyond float32's range.
     InputError
         If a sample has another trailing shape than the spec.
 
@@ -241,6 +243,8 @@ def analyze(
     >>> report.arithmetic.max_lsb < report.proved_bound_lsb
     True
     """
+    if not isinstance(samples, Iterable) and not _is_array(samples):
+        raise DataError(f"the samples are {samples!r}; an array or an iterable of arrays is expected")
     analyzer = NormAnalyzer(spec, name)
     arrays = cast("Iterable[npt.ArrayLike]", [samples] if _is_array(samples) else samples)
     for index, array in enumerate(arrays):

@@ -13,6 +13,7 @@ from .verify import document as verification_document
 
 if TYPE_CHECKING:
     from ..demo import VariantResult
+    from ..params import ModelParams
 
 
 @click.command()
@@ -24,7 +25,8 @@ def demo(out: Path, as_json: bool) -> None:
     """Quantize the 13 norms of a sentence transformer on real text, verify them bit by bit, and compare.
 
     Needs the extra: pip install 'fxp-layernorm[demo]'. Takes about a minute on two cores. The folder then holds the
-    model, its data, PARAMS and the integer model, so that every other command can be tried on them.
+    model, its data, PARAMS and the integer model, so that every other command can be tried on them; with the extra
+    fxp-layernorm[report] also the error analysis.
     """
     import onnx
 
@@ -58,7 +60,7 @@ def demo(out: Path, as_json: bool) -> None:
     best.params.save(out / "params.json")
     with files.atomic_path(out / "integer.onnx") as temporary:
         onnx.save(quantize_model(model, best.params), temporary)
-    report = out / "report.json"
+    report = _write_analysis(out, best.params, output) or out / "report.json"
     document: dict[str, Any] = {
         "model": source.parent.name,
         "norms": len(find_norms(load_model(model))),
@@ -73,13 +75,14 @@ def demo(out: Path, as_json: bool) -> None:
         "report": str(report),
     }
     full = {**document, "variants": {result.variant.name: _details(result) for result in results}}
-    with files.atomic_path(report) as temporary:
+    with files.atomic_path(out / "report.json") as temporary:
         temporary.write_text(files.to_text(full))
 
     output.result(document, _accuracy(results), _norms(best))
     if not as_json:
         click.echo(
-            f"\nWritten to {out}: the model, its data, params.json, integer.onnx, report.json. Next, for instance:\n"
+            f"\nWritten to {out}: the model, its data, params.json, integer.onnx, "
+            f"{', '.join(dict.fromkeys(('report.json', report.name)))}. Next, for instance:\n"
             f"  fxp-layernorm inspect {model}\n"
             f"  fxp-layernorm verify {model} {out / 'integer.onnx'} {out / 'params.json'} --data {out / 'held_out'}\n"
         )
@@ -89,6 +92,31 @@ def demo(out: Path, as_json: bool) -> None:
         f"{common.count(document['norms'], 'norm')} in {len(results)} formats, {differ:,} of {codes:,} codes differ",
         passed=document["exact"],
     )
+
+
+def _write_analysis(out: Path, params: ModelParams, output: common.Output) -> Path | None:
+    """Write the error analysis on the first held-out texts; None where what draws it is not installed."""
+    from ..analysis import analyze_model
+    from ..analysis.html import require
+    from ..errors import MissingDependencyError
+    from ..runtime import Feeds
+
+    try:
+        require()
+    except MissingDependencyError:
+        return None
+    model, data = out / "model.onnx", out / "held_out" / "000.npz"
+    names = {
+        "model_name": str(model), "data_name": str(data), "params_name": str(out / "params.json"),
+        "calibration_name": str(out / "calibration"),
+    }  # fmt: skip
+    feeds = Feeds(data)
+    with output.progress("Analyzing the errors", len(feeds) + len(params.norms) + 1) as advance:
+        analysis = analyze_model(model, params, feeds, **names, advance=advance)
+    report = out / "analysis.html"
+    analysis.to_html(report)
+    analysis.to_json(report.with_suffix(".json"))
+    return report
 
 
 def _accuracy(results: list[VariantResult]) -> Any:
