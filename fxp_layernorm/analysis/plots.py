@@ -139,7 +139,7 @@ def _bars(axes: Any, histogram: Histogram, colour: str) -> None:
 def _svg(figure: Figure, title: str) -> str:
     buffer = io.StringIO()
     canvas: Any = FigureCanvasSVG(figure)
-    canvas.print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    canvas.print_svg(buffer)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for pattern, replacement in _SHORTER:
