@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ class _Statistic:
     def rows(self, x: Array) -> Array:
         """Return x as a matrix, the normalized axes last."""
         last = range(-len(self.axes), 0)
-        return np.moveaxis(x, self.axes, last).reshape(-1, int(np.prod([x.shape[axis] for axis in self.axes])))
+        return np.moveaxis(x, self.axes, last).reshape(-1, math.prod(x.shape[axis] for axis in self.axes))
 
 
 class _Finder:
@@ -167,8 +168,8 @@ class _Finder:
         """Return what `argument` is of x, where it is a variance or a mean square plus eps."""
         rng = np.random.default_rng(1)
         sums = any(node.op_type != "ReduceMean" for node in nodes if node.op_type in _REDUCTIONS)
-        for true in ((-1,), None):
-            shape = self._sizes(x, nodes, true)
+        for whole in (False, True):
+            shape = self._sizes(x, nodes, (-1,), whole=whole)
             if shape is None:
                 return None
             value = rng.normal(loc=1.0, size=shape)
@@ -193,7 +194,7 @@ class _Finder:
     def _region(self, x: ir.Value, statistic: _Statistic) -> Decomposed | None:
         """Return the norm from x to the last value that is one."""
         nodes = self._consumers(x)
-        fits = self._fits(x, statistic, nodes, statistic.axes) or self._fits(x, statistic, nodes, None)
+        fits = self._fits(x, statistic, nodes, whole=False) or self._fits(x, statistic, nodes, whole=True)
         if not fits:
             return None
         output = _last(fits)
@@ -210,14 +211,14 @@ class _Finder:
         )  # fmt: skip
 
     def _fits(
-        self, x: ir.Value, statistic: _Statistic, nodes: list[ir.Node], true: Sequence[int] | None
+        self, x: ir.Value, statistic: _Statistic, nodes: list[ir.Node], *, whole: bool
     ) -> dict[ir.Value, tuple[Array, Array]]:
         """Return gamma and beta of each value that is the norm of x on all trials, the nearest value first."""
         rng = np.random.default_rng(2)
-        shape = self._sizes(x, nodes, true)
+        shape = self._sizes(x, nodes, statistic.axes, whole=whole)
         if shape is None:
             return {}
-        probe = np.resize([1.0, -1.0], int(np.prod(shape)) + 1)[1:].reshape(shape) * rng.uniform(1, 2, size=shape)
+        probe = np.resize([1.0, -1.0], math.prod(shape) + 1)[1:].reshape(shape) * rng.uniform(1, 2, size=shape)
         zero, plus, minus = (self._evaluator.run(nodes, {x: tensor}) for tensor in (np.zeros(shape), probe, -probe))
         normalized = statistic.normalize(probe)[0]
         constants = self._evaluator.floats(nodes)
@@ -236,7 +237,7 @@ class _Finder:
             if statistic.kind is NormKind.LAYERNORM or not beta.any():  # RMSNorm has no offset
                 fits[value] = _exact(gamma, constants, dtype), _exact(beta, constants, dtype)
         for trial, (mean, scale) in enumerate(_TRIALS):
-            sizes = self._sizes(x, nodes, true, trial)
+            sizes = self._sizes(x, nodes, statistic.axes, whole=whole, trial=trial)
             if sizes is None or not fits:
                 return {}
             unit = scale if trial else scale * max(float(np.sqrt(statistic.epsilon)), _LEAST)
@@ -292,16 +293,19 @@ class _Finder:
         return tuple(sorted(members, key=self._order.__getitem__)), used
 
     def _sizes(
-        self, x: ir.Value, nodes: list[ir.Node], true: Sequence[int] | None, trial: int = 0
+        self, x: ir.Value, nodes: list[ir.Node], axes: Sequence[int], *, whole: bool, trial: int = 0
     ) -> tuple[int, ...] | None:
-        """Return a shape for x: the true size on the axes `true` (None: on all), small ones elsewhere."""
+        """Return a shape for x: the true sizes on `axes`, or on all, as far as they are known; others are small."""
         dims: list[Any] = list(x.shape) if x.shape is not None else [None] * (3, 2, 4)[trial]
-        sizes = [2 + (axis + trial) % 3 for axis in range(len(dims))]
-        for axis in range(-len(dims), 0):
-            if true is None or axis in true:
-                size = dims[axis] if isinstance(dims[axis], int) else None
-                sizes[axis] = size or (self._width(nodes) or 12 if axis == -1 else sizes[axis])
-        return tuple(sizes) if sizes and np.prod(sizes, dtype=np.float64) <= _MOST_ELEMENTS else None
+        sizes = []
+        for axis, size in zip(range(-len(dims), 0), dims, strict=True):
+            if isinstance(size, int) and size and (whole or axis in axes):
+                sizes.append(size)
+            elif axis in axes:
+                sizes.append(self._width(nodes) or 12 if axis == -1 else 2 + axis % 3)
+            else:
+                sizes.append(2 + (axis + trial) % 3)
+        return tuple(sizes) if sizes and math.prod(sizes) <= _MOST_ELEMENTS else None
 
     def _width(self, nodes: Iterable[ir.Node]) -> int | None:
         """Return the size of the last dimension that the nodes' constants imply."""

@@ -237,6 +237,10 @@ def test_shapes_that_are_not_known() -> None:
     assert (norm.input, norm.normalized_shape, norm.blocker) == ("w", (N,), None)
     no_size = model_of(LAYERNORMS["no affine"][0], shape="a, b, width", weight=np.float32(2))
     assert find(no_size)[0].blocker == "the size of the normalized dimensions is not known"
+    two = LAYERNORMS["no affine"][0].replace("MEAN", "ReduceMean<axes = [-2, -1]>")
+    assert [(norm.axes, norm.blocker) for norm in find(model_of(two, shape="a, b, width", weight=np.float32(2)))] == [
+        ((-2, -1), "the size of the normalized dimensions is not known")
+    ]
 
 
 def test_two_axes() -> None:
@@ -277,6 +281,17 @@ def test_a_gain_that_is_no_channels_stays_outside() -> None:
     model = model_of(SQUARE + "u = Div(h, r) g = Mul(u, gamma) o = Add(g, beta)")  # RMSNorm has no offset
     assert [norm.output for norm in find(model)] == ["g"]
     assert_replaced(model, data_of(2, 5, N))
+
+
+def test_arithmetic_of_instance_normalization_is_a_layernorm_without_gain() -> None:
+    text = LAYERNORMS["torch"][0].replace("gamma", "channels4").replace("beta", "channels4")
+    model = model_of(
+        text.replace("MEAN", "ReduceMean<axes = [2, 3]>"), opset=14, shape="a, 5, 4, 16",
+        channels4=CONSTANTS["channels"].reshape(5, 1, 1),
+    )  # fmt: skip
+    (norm,) = find(model)
+    assert (norm.axes, norm.normalized_shape, norm.output, norm.blocker) == ((-2, -1), (4, N), "u", None)
+    assert_replaced(model, data_of(2, 5, 4, N))
 
 
 def test_eps_of_zero() -> None:
