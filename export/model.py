@@ -18,6 +18,7 @@ from .._version import __version__
 from ..errors import ModelError
 from ..params import ModelParams, NormParams
 from ..quantization import QuantParams
+from ..runtime import load_external_data
 from ..spec import LayerNormSpec
 from . import subgraph
 from .norms import Model, Norm, find_norms, load_model
@@ -45,12 +46,13 @@ class Word(StrEnum):
 
 @dataclass(frozen=True)
 class ExportedNorm:
-    """Where a replaced norm's values are in the exported model: the float input, and the codes before and after."""
+    """Where a replaced norm's values are in the exported model: its float input and output, and the codes between."""
 
     name: str
     input: str
     codes_in: str
     codes_out: str
+    output: str
 
 
 def to_onnx(
@@ -112,6 +114,7 @@ def quantize_model(
     """
     form, _ = _parse(form, word)
     graph_model = load_model(model).clone()
+    load_external_data(graph_model)
     opset = graph_model.graph.opset_imports.get("", 0)
     if graph_model.ir_version < IR_VERSION and form is Form.FUNCTION:
         raise ModelError(
@@ -119,6 +122,7 @@ def quantize_model(
         )
     norms = {norm.name: norm for norm in find_norms(graph_model)}
     taken = set(ir.convenience.create_value_mapping(graph_model.graph))
+    taken.update(node.name for node in graph_model.graph if node.name)
     exported: list[ExportedNorm] = []
     functions: dict[str, ir.Function] = {}
     for entry in params.norms:
@@ -172,6 +176,7 @@ def _replace(
     spec, old = entry.spec, norm.nodes[-1].outputs[0]
     # by name: the value itself is another one where the norm before it has been replaced
     x = next(value for node in norm.nodes for value in node.inputs if value is not None and value.name == norm.input)
+    parameters = [value for node in norm.nodes for value in node.inputs if value is not None and value is not x]
     tape = Tape()
     shape = spec.normalized_shape
     codes_in = _quantize(tape, x, spec.input, shape, opset)
@@ -185,7 +190,23 @@ def _replace(
     for value in tape.initializers:
         model.graph.register_initializer(value)
     ir.convenience.replace_nodes_and_values(model.graph, norm.nodes[-1], norm.nodes, tape.nodes, [old], [output])
-    return ExportedNorm(norm.name, x.name or "", codes_in.name or "", codes_out.name or ""), functions
+    _remove_unused(model, parameters)
+    names = (value.name or "" for value in (x, codes_in, codes_out, output))
+    return ExportedNorm(norm.name, *names), functions
+
+
+def _remove_unused(model: ir.Model, values: list[ir.Value]) -> None:
+    """Remove what only a replaced norm used: its scale and bias, and the nodes that made them."""
+    for value in values:
+        producer = value.producer()
+        if value.uses() or value.is_graph_output() or value.is_graph_input():
+            continue
+        if value.is_initializer():
+            model.graph.initializers.pop(value.name or "", None)
+        elif producer is not None and producer.graph is model.graph and len(producer.outputs) == 1:
+            inputs = [source for source in producer.inputs if source is not None]
+            model.graph.remove(producer, safe=True)
+            _remove_unused(model, inputs)
 
 
 def _codes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -93,7 +94,13 @@ def load_model(model: Model) -> ir.Model:
         raise ModelError(f"{name} is not a valid ONNX model: {reason}") from error
     if not loaded.graph.opset_imports or not len(loaded.graph):
         raise ModelError(f"{name} is not a valid ONNX model: it has no opset or no node; it may be cut short")
-    ir.passes.common.ShapeInferencePass()(loaded)
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # shapes that can't be inferred are no news: a norm that needs them says so
+    try:
+        ir.passes.common.ShapeInferencePass()(loaded)
+    finally:
+        logger.setLevel(level)
     return loaded
 
 
@@ -116,8 +123,9 @@ def _name(node: ir.Node, names: Counter[str | None]) -> str:
 
 
 def _norm(node: ir.Node, name: str) -> Norm:
+    if not node.inputs or node.inputs[0] is None:
+        raise ModelError(f"the {node.op_type} node {name!r} has no input")
     x, output = node.inputs[0], node.outputs[0]
-    assert x is not None
     kind = _KINDS[node.op_type]
     axis = node.attributes.get_int("axis", -1)
     epsilon = node.attributes.get_float("epsilon", 1e-5)
@@ -140,7 +148,10 @@ def _norm(node: ir.Node, name: str) -> Norm:
         elif not shape:
             blocker = "the size of the normalized dimensions is not known"
         else:
-            layer = _layer(kind, shape, epsilon, gamma, beta)
+            try:
+                layer = _layer(kind, shape, epsilon, gamma, beta)
+            except ValueError as error:  # an eps below 0, or shapes that don't go together
+                blocker = str(error)
     return Norm(
         name=name, kind=kind, form=node.op_type, axes=axes, normalized_shape=shape, epsilon=epsilon,
         input=x.name or "", output=output.name or "", nodes=(node,), layer=layer, blocker=blocker,
@@ -188,5 +199,13 @@ def _trailing_shape(x: ir.Value, dims: int, gamma: npt.NDArray[Any] | None) -> t
 
 
 def _constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
+    while value is not None:
+        tensor = ir.convenience.get_const_tensor(value)
+        if tensor is not None:
+            try:
+                return tensor.numpy()
+            except (OSError, ValueError) as error:
+                raise ModelError(f"the model's external data can't be read: {error}") from error
+        producer = value.producer()  # exporters share equal constants through Identity
+        value = producer.inputs[0] if producer is not None and producer.op_type == "Identity" else None
+    return None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ModelError
+from ..errors import DataError, InputError, ModelError
 from ..inference import FxpLayerNorm
 from ..params import ModelParams
 from ..runtime import Feed, Feeds, Session
@@ -29,8 +29,8 @@ class NormCheck:
     mismatches : int
         Those that differ from the kernel's for the same input codes.
     border_mismatches : int
-        Input codes that differ from the quantized float input. Not counted where that is no float32: consumers may
-        keep more of a float16 than they show.
+        Input codes that differ from the quantized float input, and float outputs that differ from the dequantized
+        output codes. Not counted where the floats are no float32: consumers may keep more of a float16 than they show.
     """
 
     name: str
@@ -46,15 +46,15 @@ class OutputCheck:
     Attributes
     ----------
     cosine : float
-        Of all values as one vector; 1 where both are 0.
-    max_abs : float
-        The largest difference.
+        Of all finite values as one vector; 1 where both are 0.
+    max_abs : float or None
+        The largest difference; None where one model has a NaN or an infinity that the other has not.
     sqnr_db : float or None
         ``10*log10(sum(float**2) / sum((float - exported)**2))``; None where one of the sums is 0.
     """
 
     name: str
-    max_abs: float = 0.0
+    max_abs: float | None = 0.0
     _float_power: float = field(default=0.0, repr=False)
     _power: float = field(default=0.0, repr=False)
     _product: float = field(default=0.0, repr=False)
@@ -67,12 +67,18 @@ class OutputCheck:
                 f"the output {self.name!r} has the shape {actual.shape}; the float model's is {expected.shape}"
             )
         a, b = expected.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
+        finite = np.isfinite(a) & np.isfinite(b)
+        same = np.array_equal(a[~finite], b[~finite], equal_nan=True)
+        a, b = a[finite], b[finite]
         difference = a - b
         self._float_power += float(a @ a)
         self._power += float(b @ b)
         self._product += float(a @ b)
         self._noise += float(difference @ difference)
-        self.max_abs = max(self.max_abs, float(np.max(np.abs(difference), initial=0.0)))
+        if not same:
+            self.max_abs = None
+        elif self.max_abs is not None:
+            self.max_abs = max(self.max_abs, float(np.max(np.abs(difference), initial=0.0)))
 
     @property
     def cosine(self) -> float:
@@ -135,7 +141,9 @@ class Verifier:
             raise ModelError(f"the norm {odd!r} is in only one of the exported model and the parameters")
         self._kernels = {name: FxpLayerNorm(spec) for name, spec in specs.items()}
         self._norms = {name: NormCheck(name) for name in specs}
-        values = [value for place in self._places for value in (place.input, place.codes_in, place.codes_out)]
+        values = [
+            value for place in self._places for value in (place.input, place.codes_in, place.codes_out, place.output)
+        ]
         self._session = Session(model, list(dict.fromkeys(values)))
         self._outputs = {name: OutputCheck(name) for name in self._session.outputs}
 
@@ -166,6 +174,10 @@ class Verifier:
         for name, check in self._outputs.items():
             if name not in expected:
                 raise ModelError(f"the float model has no output {name!r}")
+            if not isinstance(values[name], np.ndarray):
+                raise ModelError(
+                    f"the output {name!r} is a {type(values[name]).__name__}; only tensors can be compared"
+                )
             check.update(expected[name], values[name])
         return {name: values[name] for name in self._outputs}
 
@@ -177,10 +189,15 @@ class Verifier:
         codes_in, codes_out = values[place.codes_in], values[place.codes_out]
         check, kernel = self._norms[place.name], self._kernels[place.name]
         check.codes += codes_out.size
-        check.mismatches += int(np.count_nonzero(kernel(codes_in) != codes_out))
-        x = values[place.input]
+        try:
+            check.mismatches += int(np.count_nonzero(kernel(codes_in) != codes_out))
+        except InputError as error:
+            raise ModelError(f"the norm {place.name!r} was exported with other parameters: {error}") from error
+        x, y = values[place.input], values[place.output]
         if x.dtype == np.float32:
             check.border_mismatches += int(np.count_nonzero(kernel.quantize(x) != codes_in))
+        if y.dtype == np.float32:
+            check.border_mismatches += int(np.count_nonzero(kernel.dequantize(codes_out) != y))
 
 
 def verify(
@@ -211,4 +228,7 @@ def verify(
     for feed in feeds:
         verifier.update(feed, reference.run(feed))
         advance()
-    return verifier.result()
+    result = verifier.result()
+    if not result.codes:
+        raise DataError("no code was compared: the feeds hold no row")
+    return result

@@ -202,3 +202,50 @@ def test_process_without_a_terminal(folder: Path) -> None:
     assert len(json.loads(done.stdout)["norms"]) == 2
     assert done.stderr.startswith("PASSED | 2 norms calibrated")
     assert done.stderr.count("\n") == 1
+
+
+def test_names_are_text_whatever_they_hold(folder: Path) -> None:
+    model = onnx.load(folder / "model.onnx")
+    model.graph.node[3].name = "enc[/b][last]/ln:smile:"
+    onnx.save(model, folder / "m[x].onnx")
+    printed = run("inspect", folder / "m[x].onnx").stdout
+    assert "enc[/b][last]/ln:smile:" in printed
+    assert "m[x].onnx" in printed
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def feeds(): raise KeyError('lost')", "raised KeyError: 'lost'"),
+        ("def feeds(): return None", "raised TypeError"),
+        ("def feeds(required): yield {}", "raised TypeError"),
+        ("1 / 0", "division by zero"),
+        ("def (", "invalid syntax"),
+    ],
+)
+def test_functions_that_fail(code: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "failing_feeds.py").write_text(code)
+    monkeypatch.delitem(sys.modules, "failing_feeds", raising=False)
+    result = run("calibrate", "model.onnx", "--data", "failing_feeds:feeds", "-o", "params.json", code=2)
+    assert message in result.stderr
+
+
+def test_interruption_is_told_apart_from_a_failed_comparison(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(path: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fxp_layernorm.export.load_model", interrupt)
+    assert "Interrupted" in run("inspect", folder / "model.onnx", code=130).stderr
+
+
+def test_norms_that_stay_float_are_told(folder: Path) -> None:
+    model = onnx.load(folder / "model.onnx")
+    model.graph.node[3].output.extend(["", "deviation"])
+    model.graph.output.append(onnx.helper.make_tensor_value_info("deviation", onnx.TensorProto.FLOAT, None))
+    onnx.save(model, folder / "model.onnx")
+    arguments = ("calibrate", folder / "model.onnx", "--data", folder / "data", "-o", folder / "params.json")
+    assert document(*arguments)["skipped"] == [{"name": "norm0", "reason": "its mean or inverse deviation is used"}]
+    result = run(*arguments)
+    assert "params.json, 1 stay float | " in result.stderr
+    assert "its mean or inverse deviation is used" in result.stdout

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import N, feeds, model_with_norms, run_onnxruntime, run_reference
 
-from fxp_layernorm import FxpLayerNorm, ModelError, export
+from fxp_layernorm import DataError, FxpLayerNorm, ModelError, export
 from fxp_layernorm.calibration import calibrate_model
 from fxp_layernorm.params import ModelParams
 from fxp_layernorm.runtime import Feeds
@@ -103,8 +103,18 @@ def test_rest_of_the_model_is_left_alone() -> None:
 
 
 @FORMS
+def test_every_initializer_that_is_left_is_used(form: str) -> None:
+    model = model_with_norms(3, tied=True)
+    exported, _ = replaced(model, feeds(), form)
+    used = {name for node in exported.graph.node for name in node.input}
+    assert {tensor.name for tensor in exported.graph.initializer} <= used
+    assert not any(tensor.name.startswith(("gamma", "beta")) for tensor in exported.graph.initializer)
+
+
+@FORMS
 def test_names_are_unique(form: str) -> None:
     model = model_with_norms()
+    model.graph.node[2].name = "norm0/codes_out"
     model.graph.node[0].output[0] = model.graph.node[1].input[0] = "norm0/codes_in"  # a name that export would take
     exported, _ = replaced(model, feeds(), form)
     values = [name for node in exported.graph.node for name in node.output]
@@ -164,6 +174,16 @@ def test_verify_sees_a_changed_code_and_a_changed_border() -> None:
     scale.attribute[0].t.CopyFrom(numpy_helper.from_array(np.asarray(value, dtype=np.float32)))
     result = export.verify(model, exported, params, Feeds(data))
     assert not result.exact
+    assert [norm.mismatches for norm in result.norms] == [0, 0]
+    assert result.norms[0].border_mismatches > 0
+
+    exported, params = replaced(model, data, "function")
+    place = export.exported_norms(export.load_model(exported))[0]
+    producer = next(node for node in exported.graph.node if place.output in node.output)
+    scale = next(node for node in exported.graph.node if producer.input[1] in node.output)
+    value = numpy_helper.to_array(scale.attribute[0].t) * np.float32(2)
+    scale.attribute[0].t.CopyFrom(numpy_helper.from_array(np.asarray(value, dtype=np.float32)))
+    result = export.verify(model, exported, params, Feeds(data))
     assert [norm.mismatches for norm in result.norms] == [0, 0]
     assert result.norms[0].border_mismatches > 0
 
@@ -231,3 +251,69 @@ def test_float_outputs_are_those_of_the_kernel() -> None:
         *_, x = run_onnxruntime(model, feed)
         y, _ = run_onnxruntime(exported, feed)
         np.testing.assert_array_equal(FxpLayerNorm(spec).forward(x), y)
+
+
+def test_external_data_goes_along_to_another_folder(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    source.mkdir()
+    elsewhere.mkdir()
+    onnx.save(model_with_norms(), source / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    params = calibrate_model(source / "m.onnx", Feeds(feeds()))
+    onnx.save(export.quantize_model(source / "m.onnx", params), elsewhere / "q.onnx")
+    assert export.verify(source / "m.onnx", elsewhere / "q.onnx", params, Feeds(feeds())).exact
+    (source / "w.bin").unlink()
+    with pytest.raises(ModelError, match="external data"):
+        calibrate_model(source / "m.onnx", Feeds(feeds()))
+
+
+def test_outputs_that_are_not_finite_are_compared_by_equality() -> None:
+    model = model_with_norms(1)
+    model.graph.node.append(helper.make_node("Log", ["clipped"], ["log"]))
+    model.graph.node.insert(len(model.graph.node) - 1, helper.make_node("Relu", ["y"], ["clipped"]))
+    model.graph.output.append(helper.make_tensor_value_info("log", TensorProto.FLOAT, None))
+    exported, params = replaced(model, feeds())
+    check = next(c for c in export.verify(model, exported, params, Feeds(feeds())).outputs if c.name == "log")
+    assert np.isfinite(check.cosine)
+    assert check.max_abs is None or np.isfinite(check.max_abs)
+
+
+def test_no_rows_are_nothing_to_verify() -> None:
+    model = model_with_norms(1)
+    exported, params = replaced(model, feeds())
+    with pytest.raises(DataError, match="no code was compared"):
+        export.verify(model, exported, params, Feeds([{"x": np.zeros((0, 5, N), dtype=np.float32)}]))
+
+
+def test_parameters_of_another_type() -> None:
+    model = model_with_norms(1)
+    exported, _ = replaced(model, feeds())
+    other = calibrate_model(model, Feeds(feeds()), "int16", "int16")
+    with pytest.raises(ModelError, match="'norm0' was exported with other parameters: codes of type int8"):
+        export.verify(model, exported, other, Feeds(feeds()))
+
+
+def test_constants_shared_through_identity_are_followed() -> None:
+    """As torch's exporter writes equal weights."""
+    model = model_with_norms(2)
+    model.graph.node.insert(0, helper.make_node("Identity", ["gamma0"], ["alias"]))
+    next(node for node in model.graph.node if node.name == "norm1").input[1] = "alias"
+    exported, params = replaced(model, feeds())
+    assert len(params.norms) == 2
+    assert params.norms[1].spec.gamma == params.norms[0].spec.gamma
+    assert not any("gamma0" in node.input for node in exported.graph.node)
+
+
+def test_one_bad_norm_is_told_by_its_name() -> None:
+    def first(model: onnx.ModelProto) -> str | None:
+        return export.find_norms(export.load_model(model))[0].blocker
+
+    short = model_with_norms(2)
+    short.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.ones(N - 1, dtype=np.float32), "gamma0"))
+    assert "shape" in str(first(short))
+    negative = model_with_norms(2)
+    negative.graph.node[3].attribute[1].f = -1.0
+    assert "not negative" in str(first(negative))
+    lacking = model_with_norms(2)
+    del lacking.graph.node[3].input[:]
+    with pytest.raises(ModelError, match="'norm0' has no input"):
+        first(lacking)

@@ -223,13 +223,13 @@ def test_the_kind_of_a_plan_is_that_of_its_layer() -> None:
 
 @pytest.mark.parametrize("shape", [1.5, "a", None, True, (3, 2.5)])
 def test_shapes_that_are_no_integers_are_refused(shape: Any) -> None:
-    with pytest.raises(InputError, match="normalized_shape is .*; it must hold positive integers"):
+    with pytest.raises(InputError, match=r"normalized_shape is .*; it must hold positive integers"):
         LayerNorm(shape)
 
 
 @pytest.mark.parametrize("eps", ["a", None])
 def test_an_eps_that_is_no_number_is_refused(eps: Any) -> None:
-    with pytest.raises(InputError, match="eps is .*; it must be a number"):
+    with pytest.raises(InputError, match=r"eps is .*; it must be a number"):
         LayerNorm(4, eps=eps)
 
 

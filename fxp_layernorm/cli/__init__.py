@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 
 import click
@@ -34,6 +35,13 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except FxpError as error:
             raise _Failure(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader has seen enough
+                raise
+            raise _Failure(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted", err=True)
+            raise SystemExit(130) from None  # as shells have it; 1 is for comparisons that fail
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

@@ -12,6 +12,8 @@ from . import common
 from .verify import document as verification_document
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from ..demo import VariantResult
     from ..params import ModelParams
 
@@ -119,7 +121,7 @@ def _write_analysis(out: Path, params: ModelParams, output: common.Output) -> Pa
     return report
 
 
-def _accuracy(results: list[VariantResult]) -> Any:
+def _accuracy(results: list[VariantResult]) -> Group:
     rows = [
         (
             result.variant.title, f"{result.cosine:.5f}", f"{result.lowest_cosine:.5f}",
@@ -131,7 +133,7 @@ def _accuracy(results: list[VariantResult]) -> Any:
     return common.table("Sentence embeddings against the float model", columns, rows)
 
 
-def _norms(result: VariantResult) -> Any:
+def _norms(result: VariantResult) -> Group:
     rows = [
         (norm.name, norm.spec.lane, float(norm.spec.excess), norm.sqnr_db, check.mismatches, check.codes)
         for norm, check in zip(result.params.norms, result.verification.norms, strict=True)
