@@ -154,19 +154,24 @@ def calibrate(
     32
     """
     calibration = NormCalibration(layer)
-    if not isinstance(samples, Iterable) and not _is_array(samples):
-        raise DataError(f"the samples are {samples!r}; an array or an iterable of arrays is expected")
-    arrays = cast("Iterable[npt.ArrayLike]", [samples] if _is_array(samples) else samples)
-    for index, array in enumerate(arrays):
-        try:
-            calibration.update(array)
-        except FxpError as error:
-            raise type(error)(f"sample {index}: {error}") from error
+    each_sample(samples, calibration.update)
     return calibration.spec(input, output, method, exponents, lane)
 
 
 def _power(values: Rows) -> float:
     return float(np.sum(np.square(values)))
+
+
+def each_sample(samples: npt.ArrayLike | Iterable[npt.ArrayLike], update: Callable[[npt.ArrayLike], None]) -> None:
+    """Pass on one array, or an iterable's arrays one after the other; an error tells which of them it is about."""
+    if not isinstance(samples, Iterable) and not _is_array(samples):
+        raise DataError(f"the samples are {samples!r}; an array or an iterable of arrays is expected")
+    arrays = cast("Iterable[npt.ArrayLike]", [samples] if _is_array(samples) else samples)
+    for index, array in enumerate(arrays):
+        try:
+            update(array)
+        except FxpError as error:
+            raise type(error)(f"sample {index}: {error}") from error
 
 
 def _is_array(samples: object) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration.layers import _is_array
+from ..calibration.layers import each_sample
 from ..calibration.observers import MinMaxObserver, RowSample
-from ..errors import DataError, FxpError
+from ..errors import DataError
 from ..layer import LayerNorm, RMSNorm
 from ..proof import NormKind
 from ..quantization import LARGEST_SCALE, QuantParams
@@ -243,15 +243,8 @@ def analyze(
     >>> report.arithmetic.max_lsb < report.proved_bound_lsb
     True
     """
-    if not isinstance(samples, Iterable) and not _is_array(samples):
-        raise DataError(f"the samples are {samples!r}; an array or an iterable of arrays is expected")
     analyzer = NormAnalyzer(spec, name)
-    arrays = cast("Iterable[npt.ArrayLike]", [samples] if _is_array(samples) else samples)
-    for index, array in enumerate(arrays):
-        try:
-            analyzer.update(array)
-        except FxpError as error:
-            raise type(error)(f"sample {index}: {error}") from error
+    each_sample(samples, analyzer.update)
     return analyzer.result()
 
 

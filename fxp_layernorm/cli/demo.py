@@ -124,7 +124,7 @@ def _write_analysis(out: Path, params: ModelParams, output: common.Output) -> Pa
 def _accuracy(results: list[VariantResult]) -> Group:
     rows = [
         (
-            result.variant.title, f"{result.cosine:.5f}", f"{result.lowest_cosine:.5f}",
+            result.variant.title, f"{result.cosine:.6f}", f"{result.lowest_cosine:.6f}",
             f"{100 * result.top1_agreement:.1f} %", result.verification.mismatches, result.verification.codes,
         )
         for result in results
