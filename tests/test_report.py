@@ -231,3 +231,14 @@ def test_command_refuses_what_it_cannot_use(folder: Path) -> None:
     (folder / "params.json").write_text("{")
     assert "is not JSON" in command(folder, code=2).stderr
     assert not (folder / "report.html").exists()
+
+
+@pytest.mark.usefixtures("plotting")
+def test_labels_keep_their_digits(model_analysis: ModelAnalysis) -> None:
+    """Coordinates are shortened to a tenth of a point; a label of 0.05 must not become 0.0."""
+    from fxp_layernorm.analysis import plots
+
+    entry = model_analysis.harm[0]
+    quiet = dataclasses.replace(entry, outputs=(dataclasses.replace(entry.outputs[0], sqnr_db=33.0),))  # 0.05 %
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", plots.harm((quiet, quiet)))
+    assert any(re.fullmatch(r"0\.0[1-9]\d*", label.strip()) for label in labels)

@@ -156,7 +156,7 @@ _SHORTER = [
         (r' id="(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|FillBetween\w*)_\d+"', ""),
         (r" font-family: [^;]*;", ""),
         (r' transform="rotate\(-?0 [^"]*"', ""),
-        (r"(\d)\.(\d)\d+", r"\1.\2"),
+        (r"(\d)\.(\d)\d+(?=[^<>]*>)", r"\1.\2"),  # coordinates, inside of tags; the labels keep their digits
         (r"\s*\n\s*(?=[LzM<])", ""),
     )
 ]
