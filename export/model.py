@@ -23,7 +23,7 @@ from ..spec import LayerNormSpec
 from . import subgraph
 from .norms import Model, Norm, find_norms, load_model
 
-#: The opset of a norm that is exported by itself, and the lowest that replacing a norm needs.
+#: The opset of a norm that is exported by itself; in a model, `subgraph.Layout.opset` is the lowest.
 OPSET = 17
 #: The IR version that goes with it; functions need 8.
 IR_VERSION = 8

@@ -22,6 +22,8 @@ from .errors import MissingDependencyError
 from .runtime import Feed, Feeds, Session
 
 if TYPE_CHECKING:
+    import onnx
+
     from .calibration import ModelCalibration
     from .export import Verification
     from .params import ModelParams
@@ -78,6 +80,8 @@ class VariantResult:
     verification : Verification
         Of every norm's codes against the kernel.
     params : ModelParams
+    model : onnx.ModelProto
+        The integer model that was run and verified.
     """
 
     variant: Variant
@@ -86,6 +90,7 @@ class VariantResult:
     top1_agreement: float
     verification: Verification
     params: ModelParams
+    model: onnx.ModelProto
 
 
 def model_path() -> Path:
@@ -158,7 +163,8 @@ def evaluate(
 
     model = load_model(model_path())
     params = {variant.name: calibration.params(**variant.options) for variant in VARIANTS}
-    verifiers = {name: Verifier(quantize_model(model, params[name]), params[name]) for name in params}
+    models = {name: quantize_model(model, params[name]) for name in params}
+    verifiers = {name: Verifier(models[name], params[name]) for name in params}
     session = Session(model)
     reference: list[npt.NDArray[np.float64]] = []
     embeddings: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in params}
@@ -174,10 +180,15 @@ def evaluate(
         quantized = np.concatenate(embeddings[variant.name])
         cosines = np.sum(real * quantized, axis=1)
         agreement = float(np.mean(_nearest(real) == _nearest(quantized)))
-        verification = verifiers[variant.name].result()
         results.append(
             VariantResult(
-                variant, float(cosines.mean()), float(cosines.min()), agreement, verification, params[variant.name]
+                variant=variant,
+                cosine=float(cosines.mean()),
+                lowest_cosine=float(cosines.min()),
+                top1_agreement=agreement,
+                verification=verifiers[variant.name].result(),
+                params=params[variant.name],
+                model=models[variant.name],
             )
         )
     return results

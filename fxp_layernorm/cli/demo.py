@@ -27,8 +27,7 @@ def demo(out: Path, as_json: bool) -> None:
     """Quantize the 13 norms of a sentence transformer on real text, verify them bit by bit, and compare.
 
     Needs the extra: pip install 'fxp-layernorm[demo]'. Takes about a minute on two cores. The folder then holds the
-    model, its data, PARAMS and the integer model, so that every other command can be tried on them; with the extra
-    fxp-layernorm[report] also the error analysis.
+    model, its data, PARAMS, the integer model and the error analysis, so that every other command can be tried on them.
     """
     import onnx
 
@@ -36,7 +35,6 @@ def demo(out: Path, as_json: bool) -> None:
     from .. import files
     from ..calibration import ModelCalibration
     from ..errors import InputError
-    from ..export import find_norms, load_model, quantize_model
 
     output = common.Output(as_json)
     source = run.model_path()
@@ -61,11 +59,11 @@ def demo(out: Path, as_json: bool) -> None:
     best, per_tensor = results[0], next(r for r in results if r.variant.name == "int8_per_tensor")
     best.params.save(out / "params.json")
     with files.atomic_path(out / "integer.onnx") as temporary:
-        onnx.save(quantize_model(model, best.params), temporary)
+        onnx.save(best.model, temporary)
     report = _write_analysis(out, best.params, output) or out / "report.json"
     document: dict[str, Any] = {
         "model": source.parent.name,
-        "norms": len(find_norms(load_model(model))),
+        "norms": len(best.params.norms),
         "calibration_texts": first,
         "held_out_texts": run.HELD_OUT_TEXTS,
         "cosine": best.cosine,
