@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from ..errors import ModelError
+from .constants import constant, is_constant
 
 Array = npt.NDArray[Any]
 
@@ -36,7 +37,7 @@ class Evaluator:
         for node in graph:
             inputs = [value for value in node.inputs if value is not None]
             folds = node.op_type in operators and inputs and self.constants.issuperset(inputs)
-            if folds or (node.op_type == "Constant" and ir.convenience.get_const_tensor(node.outputs[0]) is not None):
+            if folds or (len(node.outputs) == 1 and is_constant(node.outputs[0])):
                 self.constants.update(node.outputs)
 
     def constant(self, value: ir.Value) -> Array:
@@ -48,16 +49,13 @@ class Evaluator:
             If its external data can't be read.
         """
         if value not in self._folded:
-            tensor, producer = ir.convenience.get_const_tensor(value), value.producer()
-            if tensor is None:
+            array, producer = constant(value), value.producer()
+            if array is None:
                 assert producer is not None
                 self._compute(producer, self._folded)
             else:
-                try:
-                    array = tensor.numpy()
-                except (OSError, ValueError) as error:
-                    raise ModelError(f"the model's external data can't be read: {error}") from error
-                self._folded[value] = array.astype(np.float64) if tensor.dtype.is_floating_point() else array
+                floating = ir.DataType.from_numpy(array.dtype).is_floating_point()
+                self._folded[value] = array.astype(np.float64) if floating else array
         return self._folded[value]
 
     def floats(self, nodes: Iterable[ir.Node]) -> list[Array]:

@@ -19,6 +19,7 @@ import onnx_ir.passes.common
 from ..errors import ModelError
 from ..layer import LayerNorm, RMSNorm
 from ..proof import NormKind
+from .constants import constant
 from .decomposed import Decomposed, find_decomposed
 
 _KINDS = {
@@ -130,7 +131,7 @@ def _norm(node: ir.Node, name: str) -> Norm:
     axis = node.attributes.get_int("axis", -1)
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     optional = [*node.inputs[1:3], None, None][:2]
-    gamma, beta = map(_constant, optional)
+    gamma, beta = map(constant, optional)
     rank = len(x.shape) if x.shape is not None else None
     layer: LayerNorm | RMSNorm | None = None
     blocker: str | None = None
@@ -196,16 +197,3 @@ def _trailing_shape(x: ir.Value, dims: int, gamma: npt.NDArray[Any] | None) -> t
     if x.shape is not None and all(isinstance(size, int) for size in x.shape[-dims:]):
         return tuple(int(size) for size in x.shape[-dims:])  # type: ignore[arg-type]
     return gamma.shape if gamma is not None and gamma.ndim == dims and gamma.size > 1 else ()
-
-
-def _constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    while value is not None:
-        tensor = ir.convenience.get_const_tensor(value)
-        if tensor is not None:
-            try:
-                return tensor.numpy()
-            except (OSError, ValueError) as error:
-                raise ModelError(f"the model's external data can't be read: {error}") from error
-        producer = value.producer()  # exporters share equal constants through Identity
-        value = producer.inputs[0] if producer is not None and producer.op_type == "Identity" else None
-    return None
