@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from .layers import NormCalibration, calibrate
 from .models import ModelCalibration, calibrate_model
-from .observers import MinMaxObserver, RowSample
-from .search import Method
+from .norms import NormObserver
+from .options import CalibrationOptions, Method, SideOptions
 
 __all__ = [
+    "CalibrationOptions",
     "Method",
-    "MinMaxObserver",
     "ModelCalibration",
     "NormCalibration",
-    "RowSample",
+    "NormObserver",
+    "SideOptions",
     "calibrate",
     "calibrate_model",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,59 +16,38 @@ from ..planner import plan
 from ..quantization import DType, QuantParams
 from ..spec import LayerNormSpec
 from . import search
-from .observers import MinMaxObserver, Rows, RowSample
-from .search import Method
-
-Error = Callable[[QuantParams], float]
-
-#: Elements kept of a norm's input, as whole rows, to choose scales and to measure what the integers lose.
-SAMPLED_ELEMENTS = 1 << 18
-#: Rows kept at the least.
-SAMPLED_ROWS = 64
+from .norms import NormObserver
+from .observers import Floats, Rows
+from .options import CalibrationOptions, OptionKeywords
 
 
 class NormCalibration:
-    """Observes the input and the output of one norm and plans its spec.
+    """Plans specs for one norm from what was observed of it.
 
     Parameters
     ----------
     layer : LayerNorm or RMSNorm
+    observer : NormObserver, optional
+        What was observed; by default nothing yet.
+
+    Attributes
+    ----------
+    observer : NormObserver
     """
 
-    def __init__(self, layer: LayerNorm | RMSNorm) -> None:
+    def __init__(self, layer: LayerNorm | RMSNorm, observer: NormObserver | None = None) -> None:
         self.layer = layer
-        self._input = MinMaxObserver(layer.n)
-        self._output = MinMaxObserver(layer.n)
-        self._sample = RowSample(max(SAMPLED_ELEMENTS // layer.n, SAMPLED_ROWS))
+        self.observer = NormObserver(layer) if observer is None else observer
 
-    @property
-    def rows(self) -> int:
-        """The number of rows observed."""
-        return self._input.rows
-
-    def update(self, x: npt.ArrayLike, y: npt.ArrayLike | None = None) -> None:
-        """Take in inputs of shape (..., *normalized_shape), and the float outputs where they are at hand."""
-        rows = self.layer.rows(x)
-        self._input.update(rows)
-        try:
-            self._output.update(self.layer.rows(self.layer(x) if y is None else y))
-        except DataError as error:
-            raise DataError(f"in the norm's output, {error}") from error
-        self._sample.update(rows)
-
-    def spec(
-        self,
-        input: DType | str = DType.INT8,
-        output: DType | str = DType.INT8,
-        method: Method | str | None = None,
-        exponents: int | None = None,
-        lane: int | None = None,
-    ) -> LayerNormSpec:
-        """Return the spec for what was observed; see `calibrate`."""
-        if not self.rows:
-            raise DataError("there is no row to calibrate with")
-        layer = self.layer
-        rows = self._sample.rows().astype(np.float64)
+    def spec(self, options: CalibrationOptions) -> LayerNormSpec:
+        """Return the spec for what was observed."""
+        seen, layer = self.observer, self.layer
+        if not seen.rows:
+            raise DataError(
+                f"all {seen.left_out} rows hold NaN or infinite values" if seen.left_out
+                else "there is no row to calibrate with"
+            )  # fmt: skip
+        rows = seen.sample.rows().astype(np.float64)
         expected = self._normalized(rows)
 
         def input_error(params: QuantParams) -> float:
@@ -77,36 +56,23 @@ class NormCalibration:
         def output_error(params: QuantParams) -> float:
             return _power(params.dequantize(params.quantize(expected)) - expected)
 
-        def choose(dtype: DType, seen: MinMaxObserver, error: Error, smallest_scale: float) -> QuantParams:
-            tried = search.candidates(
-                dtype, seen.low, seen.high, method=search.parse_method(dtype, method),
-                exponents=search.parse_exponents(dtype, exponents), smallest_scale=smallest_scale,
-            )  # fmt: skip
-            return search.least(tried, error)
-
-        return plan(
-            layer,
-            choose(DType.parse(input), self._input, input_error, search.smallest_input_scale(layer.n, layer.eps)),
-            choose(
-                DType.parse(output),
-                self._output,
-                output_error,
-                search.smallest_output_scale(layer.n, layer.gamma, layer.beta),
-            ),
-            lane=lane,
-        )
+        smallest = search.smallest_input_scale(layer.n, layer.eps)
+        input = search.choose(seen.input, options.input, input_error, rows, smallest)
+        smallest = search.smallest_output_scale(layer.n, layer.gamma, layer.beta)
+        output = search.choose(seen.output, options.output, output_error, expected, smallest)
+        return plan(layer, input, output, lane=options.lane)
 
     def sqnr_db(self, spec: LayerNormSpec) -> float | None:
         """Return the signal to quantization noise of a spec on a sample of the rows; None where one of them is 0."""
-        rows = self._sample.rows()
+        rows = self.observer.sample.rows()
         expected = self._normalized(rows.astype(np.float64))
         norm = FxpLayerNorm(spec)
         codes = norm(spec.input.quantize(rows).reshape(-1, *spec.normalized_shape)).reshape(rows.shape)
         signal, noise = _power(expected), _power(spec.output.dequantize(codes) - expected)
         return 10 * math.log10(signal / noise) if signal and noise else None
 
-    def _normalized(self, rows: Rows) -> Rows:
-        return self.layer(rows.reshape(-1, *self.layer.normalized_shape)).reshape(rows.shape)
+    def _normalized(self, rows: Rows) -> Floats:
+        return self.layer(rows.reshape(-1, *self.layer.normalized_shape)).reshape(rows.shape).astype(np.float64)
 
 
 def calibrate(
@@ -114,10 +80,7 @@ def calibrate(
     samples: npt.ArrayLike | Iterable[npt.ArrayLike],
     input: DType | str = "int8",
     output: DType | str = "int8",
-    *,
-    method: Method | str | None = None,
-    exponents: int | None = None,
-    lane: int | None = None,
+    **options: Unpack[OptionKeywords],
 ) -> LayerNormSpec:
     """Return the integer form of a float layer, for scales found on real inputs.
 
@@ -128,12 +91,18 @@ def calibrate(
         An iterable is gone through once, an array at a time.
     input, output : {"int8", "uint8", "int16", "uint16"}
         Types of the codes.
-    method : {"minmax", "mse"}, optional
-        Which scales are tried; by default ``mse`` for codes of 8 bits and ``minmax`` for 16 bits. Of those tried, the
-        input's are chosen for the least error of the norm's output on the samples, and the output's for the least
-        error of its values.
+    method : {"minmax", "moving_average", "percentile", "mse", "entropy"}, optional
+        How the ranges are chosen, see `Method`; by default ``mse`` for codes of 8 bits and ``minmax`` for wider ones.
+        ``mse`` takes the input's error as that of the norm's output on the samples, and the output's as that of its
+        values.
+    input_method, output_method : optional
+        The same for one side only.
     exponents : int, optional
-        The largest channel exponent, 0 for one scale a tensor; by default 7 for codes of 8 bits and 0 for 16 bits.
+        The largest channel exponent, 0 for one scale a tensor; by default 7 for codes of 8 bits and 0 for wider ones.
+    symmetric : bool, optional
+        Whether the zero point is the middle of the codes; by default only with channel exponents.
+    percentile : float, optional
+        The share of the values, in percent, that ``percentile`` keeps; by default 99.99.
     lane : {24, 32, 64}, optional
         Bits of the element stage; by default the narrowest with a small bound.
 
@@ -142,7 +111,7 @@ def calibrate(
     DataError
         If there is no sample, or one holds NaN or infinite values.
     InputError
-        If a sample has another trailing shape than the layer.
+        If a sample has another trailing shape than the layer, or an option is unknown.
     PlanError
         If the layer doesn't fit the arithmetic.
 
@@ -153,9 +122,20 @@ def calibrate(
     >>> fxp.calibrate(fxp.LayerNorm(64), x).lane
     32
     """
-    calibration = NormCalibration(layer)
-    each_sample(samples, calibration.update)
-    return calibration.spec(input, output, method, exponents, lane)
+    chosen = CalibrationOptions.of(input, output, **options)
+    observer = NormObserver(layer)
+
+    def update(array: npt.ArrayLike) -> None:
+        observer.update(array, first=observer.rows)
+        for values, what in ((observer.bad_inputs, ""), (observer.bad_outputs, "in the norm's output, ")):
+            if values.any():
+                raise DataError(
+                    f"{what}{values.sum()} values are NaN or infinite, in {np.count_nonzero(values)} channels of which "
+                    f"the first is {np.argmax(values != 0)}"
+                )
+
+    each_sample(samples, update)
+    return NormCalibration(layer, observer).spec(chosen)
 
 
 def _power(values: Rows) -> float:

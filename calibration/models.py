@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from typing import Unpack
 
 import onnx
 
@@ -15,7 +16,7 @@ from ..params import ModelParams, NormParams
 from ..quantization import DType
 from ..runtime import FeedHash, Feeds, Session
 from .layers import NormCalibration
-from .search import Method, parse_method
+from .options import CalibrationOptions, OptionKeywords
 
 
 class ModelCalibration:
@@ -65,33 +66,27 @@ class ModelCalibration:
             values = self._session.run(feed)
             for norm in self.norms:
                 try:
-                    self._calibrations[norm.name].update(values[norm.input], values[norm.output])
+                    observer = self._calibrations[norm.name].observer
+                    observer.update(values[norm.input], values[norm.output], feed=self._feeds)
                 except FxpError as error:
                     raise DataError(f"feed {self._feeds}, norm {norm.name!r}: {error}") from error
             self._data_hash.update(feed)
             self._feeds += 1
             advance()
 
-    def params(
-        self,
-        input: DType | str = DType.INT8,
-        output: DType | str = DType.INT8,
-        *,
-        method: Method | str | None = None,
-        exponents: int | None = None,
-        lane: int | None = None,
-    ) -> ModelParams:
-        """Return the specs of all norms for what was observed; the parameters are those of `calibrate`."""
+    def params(self, options: CalibrationOptions | None = None) -> ModelParams:
+        """Return the specs of all norms for what was observed, by default for codes of int8."""
+        options = CalibrationOptions() if options is None else options
         entries = []
         for norm in self.norms:
             calibration = self._calibrations[norm.name]
             try:
-                spec = calibration.spec(input, output, method, exponents, lane)
+                spec = calibration.spec(options)
             except FxpError as error:
                 raise type(error)(f"norm {norm.name!r}: {error}") from error
             entries.append(
                 NormParams(
-                    name=norm.name, input=norm.input, output=norm.output, rows=calibration.rows,
+                    name=norm.name, input=norm.input, output=norm.output, rows=calibration.observer.rows,
                     sqnr_db=calibration.sqnr_db(spec), spec=spec,
                 )
             )  # fmt: skip
@@ -99,8 +94,8 @@ class ModelCalibration:
             model_sha256=self._model_hash,
             data_sha256=self._data_hash.hexdigest(),
             feeds=self._feeds,
-            input_method=parse_method(DType.parse(input), method),
-            output_method=parse_method(DType.parse(output), method),
+            input_method=options.input.method,
+            output_method=options.output.method,
             norms=tuple(entries),
         )
 
@@ -108,17 +103,15 @@ class ModelCalibration:
 def calibrate_model(
     model: Model,
     feeds: Feeds,
-    input: DType | str = DType.INT8,
-    output: DType | str = DType.INT8,
-    *,
-    method: Method | str | None = None,
-    exponents: int | None = None,
-    lane: int | None = None,
+    input: DType | str = "int8",
+    output: DType | str = "int8",
+    **options: Unpack[OptionKeywords],
 ) -> ModelParams:
     """Return the integer form of every norm of a model, for scales found on real data; see `calibrate`."""
+    chosen = CalibrationOptions.of(input, output, **options)
     calibration = ModelCalibration(model)
     calibration.observe(feeds)
-    return calibration.params(input, output, method=method, exponents=exponents, lane=lane)
+    return calibration.params(chosen)
 
 
 def _model_sha256(model: Model) -> str:

@@ -1,107 +1,133 @@
-"""From observed ranges to quantization parameters: candidates, and the one with the least error on real rows."""
+"""From what was observed to quantization parameters: candidates, and the one that serves real rows best."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from enum import StrEnum
 
 import numpy as np
-import numpy.typing as npt
 
-from ..errors import DataError, InputError
-from ..quantization import LARGEST_EXPONENT, LARGEST_SCALE, SMALLEST_SCALE, DType, QuantParams
-
-Floats = npt.NDArray[np.float64]
+from ..errors import DataError
+from ..quantization import LARGEST_SCALE, SMALLEST_SCALE, QuantParams
+from .norms import TensorObserver
+from .observers import Floats, Rows
+from .options import Method, SideOptions
 
 #: Scales tried in each octave.
 _STEPS = 8
-#: How many octaves `Method.MSE` may shrink the observed range by.
+#: How many octaves `Method.MSE` and `Method.ENTROPY` may shrink the observed range by.
 _SHRINK = 2
+#: Zero points tried where channels with exponents share an asymmetric one: the share of the codes below it.
+_ZERO_POINTS = (0.5, 0.25, 0.375, 0.625, 0.75)
+#: Bins that a code's interval is divided into, to compare distributions.
+_BINS_PER_CODE = 8
+
+Error = Callable[[QuantParams], float]
 
 
-class Method(StrEnum):
-    """Which scales are tried.
-
-    ``minmax`` tries those that hold every observed value: one without channel exponents, and one octave of base scales
-    with them. ``mse`` also tries ranges down to a quarter of the observed one, where clipping rare values buys the
-    others more than it costs.
-    """
-
-    MINMAX = "minmax"
-    MSE = "mse"
-
-
-def default_method(dtype: DType) -> Method:
-    """Return ``mse`` for codes of 8 bits, and ``minmax`` for those of 16, which need no clipping."""
-    return Method.MSE if dtype.numpy.itemsize == 1 else Method.MINMAX
-
-
-def default_exponents(dtype: DType) -> int:
-    """Return the largest channel exponent allowed by default: 7 for codes of 8 bits, none for those of 16."""
-    return 7 if dtype.numpy.itemsize == 1 else 0
-
-
-def parse_method(dtype: DType, method: Method | str | None) -> Method:
-    """Return the method of that name, or the default; raises InputError if there is none of that name."""
-    if method is None:
-        return default_method(dtype)
-    if method not in list(Method):
-        raise InputError(f"the method is {method!r}; it must be one of {', '.join(Method)}")
-    return Method(method)
-
-
-def parse_exponents(dtype: DType, exponents: int | None) -> int:
-    """Return the largest exponent allowed, or the default; raises InputError outside [0, 15]."""
-    if exponents is None:
-        return default_exponents(dtype)
-    if not isinstance(exponents, int) or not 0 <= exponents <= LARGEST_EXPONENT:
-        raise InputError(f"the largest exponent is {exponents!r}; it must be an integer from 0 to {LARGEST_EXPONENT}")
-    return exponents
-
-
-def candidates(
-    dtype: DType, low: Floats, high: Floats, *, method: Method, exponents: int, smallest_scale: float = 0.0
-) -> Iterator[QuantParams]:
-    """Yield parameters to choose from.
-
-    Without exponents they are affine: the zero point is where the range, 0 included, has it. With exponents, each
-    channel has the smallest that holds its largest magnitude at the base scale, and the zero point is the middle of
-    the codes: one that is shared by all channels helps only where all are skewed alike.
+def choose(
+    seen: TensorObserver, side: SideOptions, error: Error, values: Rows, smallest_scale: float = 0.0
+) -> QuantParams:
+    """Return the parameters that a side's options ask for.
 
     Parameters
     ----------
-    dtype : DType
-    low, high : ndarray of shape (n,)
-        Observed range of each channel.
-    method : Method
-    exponents : int
-        The largest channel exponent; 0 means one scale for the tensor.
+    seen : TensorObserver
+    side : SideOptions
+    error : callable
+        What parameters cost. ``mse`` minimizes it; so do the methods that fix the range, with exponents, over one
+        octave of base scales.
+    values : ndarray of shape (rows, n)
+        Real values, for ``entropy``.
     smallest_scale : float
         Bound of the scale from below.
     """
-    shrink = _SHRINK * _STEPS if method is Method.MSE else 0
-    if exponents == 0:
+    tried = candidates(side, *observed_range(seen, side), smallest_scale=smallest_scale)
+    if side.method is Method.ENTROPY:
+        return least(tried, lambda params: divergence(params, values))
+    return least(tried, error)
+
+
+def observed_range(seen: TensorObserver, side: SideOptions) -> tuple[Floats, Floats]:
+    """Return the range that a method holds, by channel where channels are told apart."""
+    if side.method is Method.MOVING_AVERAGE:
+        return seen.mean_range()
+    if side.method is Method.PERCENTILE:
+        return seen.percentile_range(side.percentile, by_channel=side.exponents > 0)
+    return seen.ranges.low, seen.ranges.high
+
+
+def candidates(side: SideOptions, low: Floats, high: Floats, *, smallest_scale: float = 0.0) -> Iterator[QuantParams]:
+    """Yield parameters to choose from, the widest first.
+
+    Without exponents there is one for each range tried. Asymmetric ones have their zero point where the range, 0
+    included, has it. With exponents, each channel has the smallest that holds its range at the base scale.
+
+    Parameters
+    ----------
+    side : SideOptions
+    low, high : ndarray of shape (n,)
+        The range of each channel, or of the tensor.
+    smallest_scale : float
+        Bound of the scale from below.
+    """
+    dtype = side.dtype
+    shrink = _SHRINK * _STEPS if side.method in (Method.MSE, Method.ENTROPY) else 0
+    middle = (dtype.lo + dtype.hi + 1) // 2
+    if not side.exponents:
         bottom, top = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
+        if side.symmetric:
+            width, zero_point = max(-bottom, top) / (dtype.hi - middle), middle
+        else:
+            width, zero_point = (top - bottom) / (dtype.hi - dtype.lo), 0
+            if top > bottom:
+                zero_point = round((dtype.lo * top - dtype.hi * bottom) / (top - bottom))
         for step in range(shrink + 1):
-            scale = _scale((top - bottom) / (dtype.hi - dtype.lo) * 2.0 ** (-step / _STEPS), smallest_scale)
-            zero_point = round((dtype.lo * top - dtype.hi * bottom) / (top - bottom)) if top > bottom else 0
+            scale = float32_scale(width * 2.0 ** (-step / _STEPS), smallest_scale)
             yield QuantParams(dtype, scale, min(max(zero_point, dtype.lo), dtype.hi))
         return
-    magnitude = np.maximum(np.abs(low), np.abs(high))
-    zero_point = (dtype.lo + dtype.hi + 1) // 2
-    codes = dtype.hi - zero_point
-    for step in range(-shrink, _STEPS):
-        base = float(magnitude.max()) / codes * 2.0 ** (step / _STEPS - exponents)
-        scale = _scale(base, smallest_scale)
-        with np.errstate(divide="ignore"):
-            needed = np.ceil(np.log2(magnitude / (scale * codes)) - 1e-6)  # float32 scales are rounded up
-        yield QuantParams(dtype, scale, zero_point, np.clip(needed, 0, exponents).astype(np.int64))
+    zero_points = [middle]
+    if not side.symmetric:
+        zero_points = [dtype.lo + round(share * (dtype.hi - dtype.lo + 1)) for share in _ZERO_POINTS]
+    for zero_point in zero_points:
+        # codes on each side of the zero point; at the middle, as many on both
+        above = dtype.hi - zero_point
+        below = above if zero_point == middle else zero_point - dtype.lo
+        step_of_one = np.maximum(np.maximum(high, 0) / above, np.maximum(-low, 0) / below)
+        widest = float(step_of_one.max())
+        for step in range(_STEPS - 1, -shrink - 1, -1):
+            scale = float32_scale(widest * 2.0 ** (step / _STEPS - side.exponents), smallest_scale)
+            with np.errstate(divide="ignore"):
+                needed = np.ceil(np.log2(step_of_one / scale) - 1e-6)  # float32 scales are rounded up
+            yield QuantParams(dtype, scale, zero_point, np.clip(needed, 0, side.exponents).astype(np.int64))
 
 
-def least(params: Iterable[QuantParams], error: Callable[[QuantParams], float]) -> QuantParams:
+def least(params: Iterable[QuantParams], error: Error) -> QuantParams:
     """Return the parameters with the least error, the first of them where several have it."""
     return min(params, key=error)
+
+
+def divergence(params: QuantParams, values: Rows) -> float:
+    """Return the Kullback-Leibler divergence of the codes' distribution from that of the values.
+
+    The values are counted in fractions of a code, those beyond the codes at the end that they are clipped to. A code
+    spreads its count evenly over those of its fractions that hold a value. Channels count together, each in its own
+    step.
+
+    Parameters
+    ----------
+    params : QuantParams
+    values : ndarray of shape (rows, n)
+    """
+    steps = params.scale * np.exp2(np.asarray(params.channel_exponents(values.shape[1]), dtype=np.float64))
+    lo, hi = params.dtype.lo, params.dtype.hi
+    places = np.floor((values / steps + (params.zero_point - lo + 0.5)) * _BINS_PER_CODE)
+    bins = (hi - lo + 1) * _BINS_PER_CODE
+    counts = np.bincount(np.clip(places, 0, bins - 1).astype(np.intp).reshape(-1), minlength=bins)
+    p = counts.reshape(-1, _BINS_PER_CODE).astype(np.float64)
+    used = p > 0
+    q = p.sum(axis=1, keepdims=True) / np.maximum(used.sum(axis=1, keepdims=True), 1)
+    return float(np.sum(p[used] * np.log(p[used] / np.broadcast_to(q, p.shape)[used])) / p.sum())
 
 
 def smallest_input_scale(n: int, eps: float) -> float:
@@ -117,7 +143,7 @@ def smallest_output_scale(n: int, gamma: Floats, beta: Floats) -> float:
     return float(np.max(math.sqrt(n) * np.abs(gamma) + np.abs(beta))) * 2.0**-30
 
 
-def _scale(wanted: float, smallest: float) -> float:
+def float32_scale(wanted: float, smallest: float) -> float:
     """Return the next float32 at or above a scale, so that a model's float32 border has the very same one."""
     wanted = max(wanted, smallest, SMALLEST_SCALE) if wanted > 0 else max(smallest, 1.0)
     if wanted > LARGEST_SCALE:

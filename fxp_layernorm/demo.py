@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import files
+from .calibration.options import CalibrationOptions
 from .errors import MissingDependencyError
 from .runtime import Feed, Feeds, Session
 
@@ -52,17 +53,17 @@ class Variant:
 
     name: str
     title: str
-    options: dict[str, Any]
+    options: CalibrationOptions
 
 
 #: The first is the one that is exported to the demo's folder.
 VARIANTS = (
-    Variant("int8", "int8, channel exponents", {"input": "int8", "output": "int8"}),
-    Variant("int16", "int16", {"input": "int16", "output": "int16"}),
+    Variant("int8", "int8, channel exponents", CalibrationOptions.of("int8", "int8")),
+    Variant("int16", "int16", CalibrationOptions.of("int16", "int16")),
     Variant(
         "int8_per_tensor",
         "int8, one asymmetric min/max scale a tensor",
-        {"input": "int8", "output": "int8", "method": "minmax", "exponents": 0},
+        CalibrationOptions.of("int8", "int8", method="minmax", exponents=0),
     ),
 )
 
@@ -162,7 +163,7 @@ def evaluate(
     from .export import Verifier, load_model, quantize_model
 
     model = load_model(model_path())
-    params = {variant.name: calibration.params(**variant.options) for variant in VARIANTS}
+    params = {variant.name: calibration.params(variant.options) for variant in VARIANTS}
     models = {name: quantize_model(model, params[name]) for name in params}
     verifiers = {name: Verifier(models[name], params[name]) for name in params}
     session = Session(model)

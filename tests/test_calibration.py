@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from onnx_models import N, feeds, model_with_norms
 
 import fxp_layernorm as fxp
 from fxp_layernorm import DataError, DType, InputError, export
-from fxp_layernorm.calibration import MinMaxObserver, ModelCalibration, RowSample, calibrate, calibrate_model, search
-from fxp_layernorm.calibration.search import Method
+from fxp_layernorm.calibration import Method, ModelCalibration, SideOptions, calibrate, calibrate_model, search
 from fxp_layernorm.runtime import Feeds, Session
 
 RNG = np.random.default_rng(0)
@@ -29,37 +26,11 @@ def samples(n: int = 48, rows: int = 300) -> np.ndarray[Any, np.dtype[np.float64
     return x
 
 
-def test_minmax_observer_is_that_of_all_rows() -> None:
-    x = samples()
-    observer = MinMaxObserver(48)
-    for part in np.array_split(x, 7):
-        observer.update(part)
-    np.testing.assert_array_equal(observer.low, x.min(axis=0))
-    np.testing.assert_array_equal(observer.high, x.max(axis=0))
-    assert observer.rows == 300
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.integers(1, 12))
-def test_row_sample_is_evenly_spaced_and_bounded(parts: list[int], capacity: int) -> None:
-    sample, total = RowSample(capacity), 0
-    for size in parts:
-        sample.update(np.arange(total, total + size, dtype=float)[:, None])
-        total += size
-    if not total:
-        return
-    kept = sample.rows()[:, 0]
-    assert kept[0] == 0
-    assert len(kept) <= capacity
-    stride = kept[1] - kept[0] if len(kept) > 1 else total
-    np.testing.assert_array_equal(kept, np.arange(len(kept)) * stride)
-    assert len(kept) * 2 > capacity or stride == 1 or capacity == 1
-
-
 @pytest.mark.parametrize("dtype", list(DType))
 @pytest.mark.parametrize("exponents", [0, 3, 7])
 def test_minmax_scales_hold_every_value(dtype: DType, exponents: int) -> None:
     x = samples()
-    tried = list(search.candidates(dtype, x.min(0), x.max(0), method=Method.MINMAX, exponents=exponents))
+    tried = list(search.candidates(SideOptions(dtype, method="minmax", exponents=exponents), x.min(0), x.max(0)))
     for params in tried:
         error = np.abs(params.dequantize(params.quantize(x)) - x)
         step = params.scale * np.exp2(params.channel_exponents(48))
@@ -72,7 +43,7 @@ def test_minmax_scales_hold_every_value(dtype: DType, exponents: int) -> None:
 
 def test_exponents_are_the_smallest_that_hold_a_channel() -> None:
     x = samples()
-    for params in search.candidates(DType.INT8, x.min(0), x.max(0), method=Method.MINMAX, exponents=7):
+    for params in search.candidates(SideOptions("int8", method="minmax"), x.min(0), x.max(0)):
         reach = params.scale * 127 * np.exp2(np.array(params.channel_exponents(48)) - 1.0)
         smaller_would_do = (reach >= np.abs(x).max(0) * 1.001) & (np.array(params.channel_exponents(48)) > 0)
         assert not smaller_would_do.any()
@@ -82,7 +53,7 @@ def test_mse_is_never_worse_than_minmax_on_its_samples() -> None:
     layer, x = fxp.LayerNorm(48), samples()
     for exponents in (0, 7):
         noise = {}
-        for method in Method:
+        for method in (Method.MINMAX, Method.MSE):
             spec = calibrate(layer, x, method=method, exponents=exponents)
             seen = spec.input.dequantize(spec.input.quantize(x))
             noise[method] = float(np.sum(np.square(layer(seen.astype(np.float64)) - layer(x))))
@@ -196,10 +167,15 @@ def test_values_that_are_not_finite(bad: float) -> None:
         DataError, match="sample 0: 1 values are NaN or infinite, in 1 channels of which the first is 3"
     ):
         calibrate(fxp.LayerNorm(48), x)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_model_goes_on_without_rows_that_are_not_finite(bad: float) -> None:
     data = feeds()
+    clean = calibrate_model(model_with_norms(), Feeds(data))
     data[1]["x"][0, 0, 2] = bad
-    with pytest.raises(DataError, match=r"feed 1, norm 'norm0': \d+ values are NaN or infinite"):
-        calibrate_model(model_with_norms(), Feeds(data))
+    params = calibrate_model(model_with_norms(), Feeds(data))
+    assert [norm.rows for norm in params.norms] == [norm.rows - 1 for norm in clean.norms]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +197,7 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], match
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"method": "best"}, "minmax, mse"), ({"exponents": -1}, "from 0 to 15"), ({"exponents": 16}, "from 0 to 15"),
+    [({"method": "best"}, "minmax, .*mse"), ({"exponents": -1}, "from 0 to 15"), ({"exponents": 16}, "from 0 to 15"),
      ({"exponents": 2.5}, "from 0 to 15"), ({"lane": 48}, "24, 32, 64")],
 )  # fmt: skip
 def test_bad_options(options: dict[str, Any], match: str) -> None:

@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from ..calibration import search
 from ..calibration.observers import MinMaxObserver
+from ..calibration.options import SideOptions
 from ..errors import FxpError
 from ..layer import LayerNorm, RMSNorm
 from ..planner import plan
-from ..quantization import DType, QuantParams
+from ..quantization import QuantParams
 from ..spec import LayerNormSpec
 from .report import Saturation, Suggestion
 from .stages import Attribution, Stage
@@ -66,9 +67,7 @@ class _Side:
 @dataclass(frozen=True)
 class _Option:
     words: str
-    dtype: DType
-    method: search.Method
-    exponents: int
+    side: SideOptions
     arguments: dict[str, object]
 
 
@@ -144,10 +143,7 @@ def _for_side(name: str, side: _Side, spec: LayerNormSpec, command: Command) -> 
         )
     reached = 1.0
     for option in _options(side):
-        tried = search.candidates(
-            option.dtype, side.seen.low, side.seen.high, method=option.method, exponents=option.exponents,
-            smallest_scale=side.smallest_scale,
-        )  # fmt: skip
+        tried = search.candidates(option.side, side.seen.low, side.seen.high, smallest_scale=side.smallest_scale)
         try:
             least = min(side.error(params) for params in tried)
         except FxpError:  # no scale that codes may have
@@ -167,16 +163,15 @@ def _options(side: _Side) -> Iterator[_Option]:
     """Yield what may be tried, cheap ones first."""
     dtype = side.params.dtype
     present = max(side.params.exponents or (0,))
-    method = search.default_method(dtype)
     if side.saturation.clipped:
         arguments: dict[str, object] = {"method": "minmax", "exponents": present}
-        yield _Option("Scales that hold every value", dtype, search.Method.MINMAX, present, arguments)
+        yield _Option("Scales that hold every value", SideOptions(dtype, method="minmax", exponents=present), arguments)
     for exponents in (3, 7):
         if exponents > present:
             words = f"{side.name.capitalize()} exponents up to {exponents}"
-            yield _Option(words, dtype, method, exponents, {"exponents": exponents})
+            yield _Option(words, SideOptions(dtype, exponents=exponents), {"exponents": exponents})
     if dtype.numpy.itemsize == 1:
-        yield _Option(f"An {side.name} of int16", DType.INT16, search.Method.MINMAX, 0, {side.name: "int16"})
+        yield _Option(f"An {side.name} of int16", SideOptions("int16"), {side.name: "int16"})
 
 
 def _for_lane(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..calibration.layers import each_sample
-from ..calibration.observers import MinMaxObserver, RowSample
+from ..calibration.observers import MinMaxObserver, RowSample, row_ids
 from ..errors import DataError
 from ..layer import LayerNorm, RMSNorm
 from ..proof import NormKind
@@ -60,7 +60,7 @@ class NormAnalyzer:
         self.layer = _layer(spec)
         self._command = command or Command()
         self._steps = stages.output_steps(spec)
-        self._sample = RowSample(max(SAMPLED_ELEMENTS // spec.n, SAMPLED_ROWS))
+        self._sample = RowSample(max(SAMPLED_ELEMENTS // spec.n, SAMPLED_ROWS), spec.n)
         self._input, self._output = MinMaxObserver(spec.n), MinMaxObserver(spec.n)
         self._arithmetic, self._total = _ErrorSums(spec.n), _ErrorSums(spec.n)
         self._clipped_in, self._clipped_out = _Clips(spec.input, spec.n), _Clips(spec.output, spec.n)
@@ -90,7 +90,7 @@ class NormAnalyzer:
         self._input.update(rows)
         if rows.size and float(np.abs(rows).max()) > LARGEST_SCALE:
             raise DataError(f"a value is {float(np.abs(rows).max()):.3g}, beyond float32's range")
-        self._sample.update(rows)
+        self._sample.update(rows, row_ids(0, first, len(rows)))
         step = max(1, stages.BLOCK_ELEMENTS // self.spec.n)
         for start in range(0, len(rows), step):
             self._block(rows[start : start + step], first + start, start)

@@ -52,7 +52,7 @@ def calibrate(
       fxp-layernorm calibrate model.onnx --data feeds.npz -o params.json --input int16 --output int16
       fxp-layernorm calibrate model.onnx --data my.module:feeds -o params.json --exponents 3
     """
-    from ..calibration import ModelCalibration
+    from ..calibration import CalibrationOptions, ModelCalibration
     from ..runtime import Feeds
 
     output = common.Output(as_json)
@@ -60,9 +60,10 @@ def calibrate(
     calibration = ModelCalibration(model)
     with output.progress("Calibrating", len(feeds)) as advance:
         calibration.observe(feeds, advance)
-    params = calibration.params(
+    options = CalibrationOptions.of(
         input_type, output_type, method=method, exponents=exponents, lane=int(lane) if lane else None
     )
+    params = calibration.params(options)
     params.save(out)
     document = {
         "norms": [

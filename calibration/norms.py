@@ -1,0 +1,146 @@
+"""Observing one norm: its input, its output, and a sample of its rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DataError, InputError
+from ..layer import LayerNorm, RMSNorm
+from ..quantization import LARGEST_SCALE
+from .histograms import Histogram
+from .observers import Counts, ExactSum, Floats, MinMaxObserver, Observer, Rows, RowSample, channel_ranges, row_ids
+
+#: Elements kept of a norm's input, as whole rows, to choose scales and to measure what the integers lose.
+SAMPLED_ELEMENTS = 1 << 18
+#: Rows kept at the least.
+SAMPLED_ROWS = 64
+#: Bins on each side of zero of a tensor's histogram.
+TENSOR_BINS = 1 << 12
+#: Bins of all channels' histograms together, and the fewest and most on each side of zero of one of them.
+CHANNEL_BINS, FEWEST_BINS, MOST_BINS = 1 << 17, 16, 128
+
+
+class TensorObserver(Observer):
+    """The values of one tensor: ranges, their means over the feeds, and histograms, by channel and of the tensor.
+
+    Parameters
+    ----------
+    n : int
+        Channels.
+
+    Attributes
+    ----------
+    ranges : MinMaxObserver
+    """
+
+    _state = ("ranges", "_lows", "_highs", "_tensor", "_channels")
+
+    def __init__(self, n: int) -> None:
+        self.ranges = MinMaxObserver(n)
+        self._lows, self._highs = ExactSum(n), ExactSum(n)
+        self._tensor = Histogram(1, TENSOR_BINS)
+        half = 1 << (CHANNEL_BINS // (2 * n)).bit_length() >> 1
+        self._channels = Histogram(n, min(max(half, FEWEST_BINS), MOST_BINS))
+
+    def update(self, rows: Rows) -> None:
+        """Take in the finite rows of one feed, of shape (rows, n)."""
+        low, high = channel_ranges(rows)
+        magnitude = np.maximum(-low, high)
+        largest = magnitude.max()
+        if largest > LARGEST_SCALE:
+            raise DataError(f"a value is {float(largest):.3g}, beyond float32's range")
+        self.ranges.extend(low, high, len(rows))
+        self._lows.add(low)
+        self._highs.add(high)
+        self._tensor.update(rows.reshape(-1, 1), np.atleast_1d(largest))
+        self._channels.update(rows, magnitude)
+
+    def mean_range(self) -> tuple[Floats, Floats]:
+        """Return the mean over the feeds of each channel's lowest and highest value."""
+        return self._lows.mean(), self._highs.mean()
+
+    def percentile_range(self, percentile: float, *, by_channel: bool) -> tuple[Floats, Floats]:
+        """Return the range that holds this share of the values, of each channel or of the tensor in an array of one."""
+        outside = (1 - percentile / 100) / 2
+        low, high = self.ranges.low, self.ranges.high
+        if not by_channel:
+            low, high = low.min(keepdims=True), high.max(keepdims=True)
+        left, right = (self._channels if by_channel else self._tensor).quantiles((outside, 1 - outside))
+        return np.clip(left, low, high), np.clip(right, low, high)
+
+
+class NormObserver(Observer):
+    """What was seen of one norm.
+
+    Rows that hold NaN or infinite values, before or after the norm, are counted and left out.
+
+    Parameters
+    ----------
+    layer : LayerNorm or RMSNorm
+
+    Attributes
+    ----------
+    input, output : TensorObserver
+    sample : RowSample
+        Of the inputs.
+    left_out : int
+        Rows that were left out.
+    bad_inputs, bad_outputs : ndarray of shape (n,), int64
+        How many values were NaN or infinite, by channel.
+    """
+
+    _state = ("input", "output", "sample", "left_out", "bad_inputs", "bad_outputs")
+
+    def __init__(self, layer: LayerNorm | RMSNorm) -> None:
+        self._layer = layer
+        self.input, self.output = TensorObserver(layer.n), TensorObserver(layer.n)
+        self.sample = RowSample(max(SAMPLED_ELEMENTS // layer.n, SAMPLED_ROWS), layer.n)
+        self.left_out = 0
+        self.bad_inputs: Counts = np.zeros(layer.n, dtype=np.int64)
+        self.bad_outputs: Counts = np.zeros(layer.n, dtype=np.int64)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows observed, without those left out."""
+        return self.input.ranges.rows
+
+    def update(self, x: npt.ArrayLike, y: npt.ArrayLike | None = None, *, feed: int = 0, first: int = 0) -> None:
+        """Take in a feed's inputs, of shape (..., *normalized_shape), and the float outputs where they are at hand.
+
+        `feed` is the feed's number, and `first` that of its first row where the feed comes in parts.
+        """
+        rows = _single_or_double(self._layer.rows(x))
+        ids = row_ids(feed, first, len(rows))
+        outputs = None if y is None else _single_or_double(self._layer.rows(y))
+        if outputs is not None and len(outputs) != len(rows):
+            raise InputError(f"there are {len(rows)} input rows and {len(outputs)} output rows")
+        good = self._finite(rows, self.bad_inputs)
+        if outputs is None:
+            self.left_out += len(good) - int(np.count_nonzero(good))
+            rows, ids = rows[good], ids[good]
+            outputs = self._layer(rows.reshape(-1, *self._layer.normalized_shape)).reshape(rows.shape)
+            good = self._finite(outputs, self.bad_outputs)
+        else:
+            good = good & self._finite(outputs, self.bad_outputs)
+        self.left_out += len(good) - int(np.count_nonzero(good))
+        if not good.all():
+            rows, outputs, ids = rows[good], outputs[good], ids[good]
+        if not len(rows):
+            return
+        self.input.update(rows)
+        self.output.update(outputs)
+        self.sample.update(rows, ids)
+
+    @staticmethod
+    def _finite(rows: Rows, bad: Counts) -> npt.NDArray[np.bool_]:
+        """Return which rows are finite, and add the values that are not, by channel."""
+        finite = np.isfinite(rows)
+        if finite.all():
+            return np.ones(len(rows), dtype=np.bool_)
+        bad += np.count_nonzero(~finite, axis=0)
+        return np.asarray(finite.all(axis=1))
+
+
+def _single_or_double(rows: Rows) -> Rows:
+    return rows if rows.dtype in (np.float32, np.float64) else rows.astype(np.float32)
