@@ -9,6 +9,7 @@ from .layers import NormCalibration, calibrate
 from .models import ModelCalibration, calibrate_model
 from .norms import NormObserver
 from .options import CalibrationOptions, Method, SideOptions
+from .quantized import QuantizedNorms, quantized_norms
 
 __all__ = [
     "CalibrationOptions",
@@ -16,7 +17,9 @@ __all__ = [
     "ModelCalibration",
     "NormCalibration",
     "NormObserver",
+    "QuantizedNorms",
     "SideOptions",
     "calibrate",
     "calibrate_model",
+    "quantized_norms",
 ]

@@ -12,7 +12,9 @@ import onnx
 
 from ..errors import DataError, FxpError, InputError, ModelError
 from ..export.norms import Model, find_norms, load_model
+from ..export.qdq import find_border
 from ..params import ModelParams, NormParams
+from ..planner import plan
 from ..quantization import DType
 from ..runtime import FeedHash, Feeds, Session
 from .layers import NormCalibration
@@ -40,7 +42,7 @@ class ModelCalibration:
     """
 
     def __init__(self, model: Model) -> None:
-        self._model_hash = _model_sha256(model)
+        self._model_hash = model_sha256(model)
         loaded = load_model(model)
         found = find_norms(loaded)
         self.norms = [norm for norm in found if norm.layer is not None]
@@ -49,6 +51,7 @@ class ModelCalibration:
             blocked = "".join(f"; {norm.name}: {norm.blocker}" for norm in self.skipped)
             raise ModelError(f"the model has no norm that can be replaced{blocked}")
         values = dict.fromkeys(value for norm in self.norms for value in (norm.input, norm.output))
+        self._borders = {norm.name: border for norm in self.norms if (border := find_border(norm)) is not None}
         self._session = Session(loaded, list(values))
         self._calibrations = {norm.name: NormCalibration(norm.layer) for norm in self.norms if norm.layer is not None}
         self._data_hash = FeedHash()
@@ -75,13 +78,20 @@ class ModelCalibration:
             advance()
 
     def params(self, options: CalibrationOptions | None = None) -> ModelParams:
-        """Return the specs of all norms for what was observed, by default for codes of int8."""
+        """Return the specs of all norms for what was observed, by default for codes of int8.
+
+        Norms between quantizers keep the types and scales that the model has for them.
+        """
         options = CalibrationOptions() if options is None else options
         entries = []
         for norm in self.norms:
             calibration = self._calibrations[norm.name]
             try:
-                spec = calibration.spec(options)
+                border = self._borders.get(norm.name)
+                if border is None or norm.layer is None:
+                    spec = calibration.spec(options)
+                else:
+                    spec = plan(norm.layer, border.input, border.output, lane=options.lane)
             except FxpError as error:
                 raise type(error)(f"norm {norm.name!r}: {error}") from error
             entries.append(
@@ -114,7 +124,8 @@ def calibrate_model(
     return calibration.params(chosen)
 
 
-def _model_sha256(model: Model) -> str:
+def model_sha256(model: Model) -> str:
+    """Return the hash of a model's bytes; raises ModelError if they can't be read."""
     if isinstance(model, str | PathLike):
         try:
             with Path(model).open("rb") as file:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from .model import ExportedNorm, Form, Word, exported_norms, quantize_model, to_onnx
 from .norms import Norm, find_norms, load_model
+from .qdq import Border, find_border
 from .verify import NormCheck, OutputCheck, Verification, Verifier, verify
 
 __all__ = [
+    "Border",
     "ExportedNorm",
     "Form",
     "Norm",
@@ -20,6 +22,7 @@ __all__ = [
     "Verifier",
     "Word",
     "exported_norms",
+    "find_border",
     "find_norms",
     "load_model",
     "quantize_model",

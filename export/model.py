@@ -22,6 +22,7 @@ from ..runtime import load_external_data
 from ..spec import LayerNormSpec
 from . import subgraph
 from .norms import Model, Norm, find_norms, load_model
+from .qdq import find_border, input_value
 
 #: The opset of a norm that is exported by itself; in a model, `subgraph.Layout.opset` is the lowest.
 OPSET = 17
@@ -46,13 +47,16 @@ class Word(StrEnum):
 
 @dataclass(frozen=True)
 class ExportedNorm:
-    """Where a replaced norm's values are in the exported model: its float input and output, and the codes between."""
+    """Where a replaced norm's values are in the exported model: its float input and output, and the codes between.
+
+    A norm that stood between quantizers has no float input and output any more.
+    """
 
     name: str
-    input: str
+    input: str | None
     codes_in: str
     codes_out: str
-    output: str
+    output: str | None
 
 
 def to_onnx(
@@ -174,25 +178,31 @@ def _replace(
 ) -> tuple[ExportedNorm, dict[str, ir.Function]]:
     """Replace one norm; returns where its codes are and the functions that it calls."""
     spec, old = entry.spec, norm.nodes[-1].outputs[0]
-    # by name: the value itself is another one where the norm before it has been replaced
-    x = next(value for node in norm.nodes for value in node.inputs if value is not None and value.name == norm.input)
-    parameters = [value for node in norm.nodes for value in node.inputs if value is not None and value is not x]
+    x, border = input_value(norm), find_border(norm)
+    border = border if border is not None and border.fits(spec) else None
+    unused = [value for node in norm.nodes for value in node.inputs if value is not None and value is not x]
     tape = Tape()
     shape = spec.normalized_shape
-    codes_in = _quantize(tape, x, spec.input, shape, opset)
+    codes_in = border.codes if border else _quantize(tape, x, spec.input, shape, opset)
     codes_out, functions = _codes(
         tape, spec, codes_in, len(x.shape) if x.shape is not None else None, form, norm.name, opset
     )
-    output = _dequantize(tape, codes_out, spec.output, shape, opset, old.dtype)
+    if border:
+        nodes, results = (*norm.nodes, *border.quantizers), border.results(tape, codes_out)
+        unused += [x, *(value for node in border.quantizers for value in node.inputs[1:] if value is not None)]
+    else:
+        nodes, results = norm.nodes, {old: _dequantize(tape, codes_out, spec.output, shape, opset, old.dtype)}
     _name(tape, norm.name, taken, {codes_in: "codes_in", codes_out: "codes_out"})
     for value, params in ((codes_in, spec.input), (codes_out, spec.output)):
         value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(params.dtype.numpy)), x.shape
     for value in tape.initializers:
         model.graph.register_initializer(value)
-    ir.convenience.replace_nodes_and_values(model.graph, norm.nodes[-1], norm.nodes, tape.nodes, [old], [output])
-    _remove_unused(model, parameters)
-    names = (value.name or "" for value in (x, codes_in, codes_out, output))
-    return ExportedNorm(norm.name, *names), functions
+    ir.convenience.replace_nodes_and_values(
+        model.graph, norm.nodes[-1], nodes, tape.nodes, list(results), list(results.values())
+    )
+    _remove_unused(model, unused)
+    floats = (None, None) if border else (x.name, results[old].name)
+    return ExportedNorm(norm.name, floats[0], codes_in.name or "", codes_out.name or "", floats[1]), functions
 
 
 def _remove_unused(model: ir.Model, values: list[ir.Value]) -> None:

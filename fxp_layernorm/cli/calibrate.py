@@ -14,7 +14,7 @@ _TYPES = click.Choice([dtype.value for dtype in DType])
 
 @click.command()
 @common.model_argument
-@common.data_option
+@common.optional_data_option
 @click.option("-o", "--out", type=common.PATH, required=True, help="The parameter file to write (.json).")
 @click.option("--input", "input_type", type=_TYPES, default="int8", show_default=True, help="Type of the input codes.")
 @click.option(
@@ -39,31 +39,39 @@ _TYPES = click.Choice([dtype.value for dtype in DType])
 )  # fmt: skip
 @common.json_option
 def calibrate(
-    model: Path, data: str, out: Path, input_type: str, output_type: str, method: str | None, exponents: int | None,
-    lane: str | None, as_json: bool,
+    model: Path, data: str | None, out: Path, input_type: str, output_type: str, method: str | None,
+    exponents: int | None, lane: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Run MODEL on real data, observe each of its norms, and write their integer parameters.
 
-    The model runs once over the data; memory is bounded by one feed.
+    The model runs once over the data; memory is bounded by one feed. Norms that stand between DequantizeLinear and
+    QuantizeLinear keep the types and scales that MODEL has for them; where all do, no data is needed.
 
     \b
     Examples:
       fxp-layernorm calibrate model.onnx --data feeds/ -o params.json
       fxp-layernorm calibrate model.onnx --data feeds.npz -o params.json --input int16 --output int16
       fxp-layernorm calibrate model.onnx --data my.module:feeds -o params.json --exponents 3
+      fxp-layernorm calibrate quantized.onnx -o params.json
     """
-    from ..calibration import CalibrationOptions, ModelCalibration
+    from ..calibration import CalibrationOptions, ModelCalibration, quantized_norms
     from ..runtime import Feeds
 
     output = common.Output(as_json)
-    feeds = Feeds(data)
-    calibration = ModelCalibration(model)
-    with output.progress("Calibrating", len(feeds)) as advance:
-        calibration.observe(feeds, advance)
     options = CalibrationOptions.of(
         input_type, output_type, method=method, exponents=exponents, lane=int(lane) if lane else None
     )
-    params = calibration.params(options)
+    if data is None:
+        found = quantized_norms(model, lane=options.lane)
+        params, skipped, source = found.params, found.skipped, "with the model's own parameters"
+    else:
+        feeds = Feeds(data)
+        calibration = ModelCalibration(model)
+        with output.progress("Calibrating", len(feeds)) as advance:
+            calibration.observe(feeds, advance)
+        params = calibration.params(options)
+        skipped = {norm.name: norm.blocker or "" for norm in calibration.skipped}
+        source = f"{input_type} -> {output_type}, calibrated on {common.count(params.feeds, 'feed')}"
     params.save(out)
     document = {
         "norms": [
@@ -76,7 +84,7 @@ def calibrate(
             }
             for norm in params.norms
         ],
-        "skipped": [{"name": norm.name, "reason": norm.blocker} for norm in calibration.skipped],
+        "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
         "feeds": params.feeds, "params": str(out),
     }  # fmt: skip
     columns = ("norm", "n", "rows", "lane", "proved excess, LSB", "SQNR, dB")
@@ -84,11 +92,9 @@ def calibrate(
         (norm.name, norm.spec.n, norm.rows, norm.spec.lane, float(norm.spec.excess), norm.sqnr_db)
         for norm in params.norms
     ]
-    title = f"{model.name}: {input_type} -> {output_type}, calibrated on {common.count(params.feeds, 'feed')}"
-    tables = [common.table(title, columns, rows)]
-    if calibration.skipped:
-        left = [(norm.name, norm.blocker) for norm in calibration.skipped]
-        tables.append(common.table("Norms that stay float", ("norm", "because"), left))
+    tables = [common.table(f"{model.name}: {source}", columns, rows)]
+    if skipped:
+        tables.append(common.table("Norms that stay float", ("norm", "because"), list(skipped.items())))
     output.result(document, *tables)
-    skipped = f", {len(calibration.skipped)} stay float" if calibration.skipped else ""
-    output.close(f"{common.count(len(params.norms), 'norm')} calibrated into {out}{skipped}")
+    left = f", {len(skipped)} stay float" if skipped else ""
+    output.close(f"{common.count(len(params.norms), 'norm')} calibrated into {out}{left}")

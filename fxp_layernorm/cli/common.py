@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, Group
@@ -16,16 +16,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from ..params import ModelParams
+
 PATH = click.Path(path_type=Path)
 model_argument = click.argument("model", type=PATH)
 params_argument = click.argument("params", type=PATH)
+optional_params_argument = click.argument("params", type=PATH, required=False)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
-data_option = click.option(
-    "--data",
-    required=True,
-    metavar="DATA",
-    help="A .npz with one array an input name, a folder of such files (a feed each), or package.module:function that "
-    "yields feeds.",
+
+
+def _data_option(required: bool, more: str = "") -> Callable[[Any], Any]:
+    return click.option(
+        "--data",
+        required=required,
+        metavar="DATA",
+        help="A .npz with one array an input name, a folder of such files (a feed each), or package.module:function "
+        f"that yields feeds.{more}",
+    )
+
+
+data_option = _data_option(required=True)
+optional_data_option = _data_option(
+    required=False, more=" Only norms that stand between quantizers can do without: their parameters are in MODEL."
 )
 
 
@@ -68,6 +81,14 @@ class Output:
         with Progress(*columns, console=self.messages, transient=True) as progress:
             task = progress.add_task(description, total=total or None)
             yield lambda: progress.advance(task)
+
+
+def parameters(model: Path, params: Path | None) -> ModelParams:
+    """Return the parameters in a file, or without one those that a quantized model holds itself."""
+    from ..calibration import quantized_norms
+    from ..params import ModelParams
+
+    return quantized_norms(model).params if params is None else ModelParams.load(params)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Group:

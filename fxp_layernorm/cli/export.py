@@ -11,7 +11,7 @@ from . import common
 
 @click.command()
 @common.model_argument
-@common.params_argument
+@common.optional_params_argument
 @click.option("-o", "--out", type=common.PATH, required=True, help="The model to write (.onnx).")
 @click.option(
     "--form",
@@ -26,22 +26,25 @@ from . import common
     help="The widest integers of the graph.",
 )  # fmt: skip
 @common.json_option
-def export(model: Path, params: Path, out: Path, form: str, word: str, as_json: bool) -> None:
+def export(model: Path, params: Path | None, out: Path, form: str, word: str, as_json: bool) -> None:
     """Replace the norms of MODEL by integer ones, with the parameters that `calibrate` wrote.
+
+    Without PARAMS those norms are replaced that stand between DequantizeLinear and QuantizeLinear: such a norm takes
+    and gives the model's own codes, and the quantizers around it go.
 
     \b
     Examples:
       fxp-layernorm export model.onnx params.json -o integer.onnx
       fxp-layernorm export model.onnx params.json -o integer.onnx --form inline
+      fxp-layernorm export quantized.onnx -o integer.onnx
     """
     import onnx
 
     from ..export import quantize_model
     from ..files import atomic_path
-    from ..params import ModelParams
 
     output = common.Output(as_json)
-    loaded = ModelParams.load(params)
+    loaded = common.parameters(model, params)
     proto = quantize_model(model, loaded, form=form, word=word)
     with atomic_path(out) as temporary:
         onnx.save(proto, temporary)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import common
+
+if TYPE_CHECKING:
+    from ..export import Border
 
 
 @click.command()
@@ -19,15 +23,17 @@ def inspect(model: Path, as_json: bool) -> None:
     Example:
       fxp-layernorm inspect model.onnx
     """
-    from ..export import find_norms, load_model
+    from ..export import find_border, find_norms, load_model
 
     output = common.Output(as_json)
     norms = find_norms(load_model(model))
+    borders = {norm.name: find_border(norm) for norm in norms}
     document = {
         "norms": [
             {
                 "name": norm.name, "kind": norm.kind.value, "form": norm.form, "axes": list(norm.axes), "n": norm.n,
                 "epsilon": norm.epsilon, "input": norm.input, "output": norm.output, "blocker": norm.blocker,
+                "codes": _codes(borders[norm.name]),
             }
             for norm in norms
         ]
@@ -40,7 +46,7 @@ def inspect(model: Path, as_json: bool) -> None:
             norm.n,
             f"{norm.epsilon:g}",
             norm.input,
-            norm.blocker or "yes",
+            norm.blocker or ("yes, between quantizers" if borders[norm.name] else "yes"),
         )
         for norm in norms
     ]
@@ -48,3 +54,16 @@ def inspect(model: Path, as_json: bool) -> None:
     output.result(document, common.table(f"Norms of {model.name}", columns, rows))
     replaceable = sum(norm.blocker is None for norm in norms)
     output.close(f"{common.count(len(norms), 'norm')}, {replaceable} can be replaced")
+
+
+def _codes(border: Border | None) -> dict[str, object] | None:
+    """Return the quantization parameters that the model has for a norm, as JSON has them."""
+    if border is None:
+        return None
+    return {
+        role: {
+            "dtype": params.dtype.value, "scale": params.scale, "zero_point": params.zero_point,
+            "exponents": params.exponents,
+        }
+        for role, params in (("input", border.input), ("output", border.output))
+    }  # fmt: skip

@@ -16,24 +16,23 @@ if TYPE_CHECKING:
 @click.command()
 @common.model_argument
 @click.argument("out", type=common.PATH)
-@common.params_argument
+@common.optional_params_argument
 @common.data_option
 @common.json_option
-def verify(model: Path, out: Path, params: Path, data: str, as_json: bool) -> None:
+def verify(model: Path, out: Path, params: Path | None, data: str, as_json: bool) -> None:
     """Run MODEL and OUT, its integer form, on data, and hold every replaced norm against the kernel, bit by bit.
 
-    PARAMS is the file that `calibrate` wrote. The outputs are compared with the float model's.
+    PARAMS is the file that `export` took, if it took one. The outputs are compared with the float model's.
 
     \b
     Example:
       fxp-layernorm verify model.onnx integer.onnx params.json --data feeds/
     """
     from ..export import verify as run
-    from ..params import ModelParams
     from ..runtime import Feeds
 
     output = common.Output(as_json)
-    feeds, loaded = Feeds(data), ModelParams.load(params)
+    feeds, loaded = Feeds(data), common.parameters(model, params)
     with output.progress("Verifying", len(feeds)) as advance:
         result = run(model, out, loaded, feeds, advance=advance)
     norms = common.table(

@@ -1,0 +1,74 @@
+"""Parameters that need no data: those of norms between quantizers, which stand in the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import FxpError, ModelError
+from ..export.norms import Model, find_norms, load_model
+from ..export.qdq import find_border
+from ..params import ModelParams, NormParams
+from ..planner import plan
+from ..runtime import FeedHash
+from .models import model_sha256
+
+#: What the parameter file names as the method of parameters that come from the model.
+METHOD = "model"
+
+
+@dataclass(frozen=True)
+class QuantizedNorms:
+    """What `quantized_norms` found.
+
+    Attributes
+    ----------
+    params : ModelParams
+        Of the norms between quantizers.
+    skipped : dict of str to str
+        Why each other norm is left out.
+    """
+
+    params: ModelParams
+    skipped: dict[str, str]
+
+
+def quantized_norms(model: Model, *, lane: int | None = None) -> QuantizedNorms:
+    """Return the integer form of every norm of a model that stands between quantizers.
+
+    Parameters
+    ----------
+    model : path or onnx.ModelProto
+        A model with QuantizeLinear and DequantizeLinear, such as ONNX Runtime's quantize_static writes.
+    lane : {24, 32, 64}, optional
+        As in `calibrate`.
+
+    Raises
+    ------
+    ModelError
+        If the model can't be read, or no norm of it stands between quantizers.
+    PlanError
+        If a norm doesn't fit the arithmetic.
+    """
+    entries, skipped = list[NormParams](), dict[str, str]()
+    for norm in find_norms(load_model(model)):
+        border = find_border(norm)
+        if norm.layer is None or border is None:
+            skipped[norm.name] = norm.blocker or "it stands between no quantizers; it needs data to be calibrated"
+            continue
+        try:
+            spec = plan(norm.layer, border.input, border.output, lane=lane)
+        except FxpError as error:
+            raise type(error)(f"norm {norm.name!r}: {error}") from error
+        entries.append(
+            NormParams(name=norm.name, input=norm.input, output=norm.output, rows=0, sqnr_db=None, spec=spec)
+        )
+    if not entries:
+        raise ModelError(
+            f"of the model's norms ({len(skipped)}), none stands between DequantizeLinear and QuantizeLinear with "
+            "constant parameters: calibrate them with data, by calibrate --data"
+        )
+    params = ModelParams(
+        model_sha256=model_sha256(model), data_sha256=FeedHash().hexdigest(), feeds=0,
+        input_method=METHOD, output_method=METHOD, norms=tuple(entries),
+    )  # fmt: skip
+    return QuantizedNorms(params, skipped)
