@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -49,7 +49,8 @@ class Word(StrEnum):
 class ExportedNorm:
     """Where a replaced norm's values are in the exported model: its float input and output, and the codes between.
 
-    A norm that stood between quantizers has no float input and output any more.
+    A norm that stood between quantizers has no float input and output any more. `stages` names the values between the
+    codes by their letters in docs/arithmetic.md; those of a function node are named so in the function itself.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ExportedNorm:
     codes_in: str
     codes_out: str
     output: str | None
+    stages: dict[str, str] = field(default_factory=dict)
 
 
 def to_onnx(
@@ -87,7 +89,7 @@ def to_onnx(
     shape = [*leading, *spec.normalized_shape]
     q = ir.Value(name="q", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.from_numpy(spec.input.dtype.numpy)))
     tape = Tape()
-    y, functions = _codes(tape, spec, q, len(shape), form, "")
+    y, functions, _ = _codes(tape, spec, q, len(shape), form, "")
     y.name, y.shape = "y", ir.Shape(shape)
     y.type = ir.TensorType(ir.DataType.from_numpy(spec.output.dtype.numpy))
     graph = ir.Graph([q], [y], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": OPSET}, name="norm")
@@ -184,7 +186,7 @@ def _replace(
     tape = Tape()
     shape = spec.normalized_shape
     codes_in = border.codes if border else _quantize(tape, x, spec.input, shape, opset)
-    codes_out, functions = _codes(
+    codes_out, functions, stages = _codes(
         tape, spec, codes_in, len(x.shape) if x.shape is not None else None, form, norm.name, opset
     )
     if border:
@@ -192,7 +194,8 @@ def _replace(
         unused += [x, *(value for node in border.quantizers for value in node.inputs[1:] if value is not None)]
     else:
         nodes, results = norm.nodes, {old: _dequantize(tape, codes_out, spec.output, shape, opset, old.dtype)}
-    _name(tape, norm.name, taken, {codes_in: "codes_in", codes_out: "codes_out"})
+    roles = {codes_in: "codes_in", codes_out: "codes_out", **{value: letter for letter, value in stages.items()}}
+    _name(tape, norm.name, taken, roles)
     for value, params in ((codes_in, spec.input), (codes_out, spec.output)):
         value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(params.dtype.numpy)), x.shape
     for value in tape.initializers:
@@ -202,7 +205,11 @@ def _replace(
     )
     _remove_unused(model, unused)
     floats = (None, None) if border else (x.name, results[old].name)
-    return ExportedNorm(norm.name, floats[0], codes_in.name or "", codes_out.name or "", floats[1]), functions
+    exported = ExportedNorm(
+        norm.name, floats[0], codes_in.name or "", codes_out.name or "", floats[1],
+        {letter: value.name or "" for letter, value in stages.items()},
+    )  # fmt: skip
+    return exported, functions
 
 
 def _remove_unused(model: ir.Model, values: list[ir.Value]) -> None:
@@ -221,8 +228,8 @@ def _remove_unused(model: ir.Model, values: list[ir.Value]) -> None:
 
 def _codes(
     tape: Tape, spec: LayerNormSpec, q: ir.Value, rank: int | None, form: Form, name: str, opset: int = OPSET
-) -> tuple[ir.Value, dict[str, ir.Function]]:
-    """Append the integer norm from codes to codes; returns the result and the functions that it calls."""
+) -> tuple[ir.Value, dict[str, ir.Function], dict[str, ir.Value]]:
+    """Append the integer norm from codes to codes; returns the result, the functions that it calls, and the stages."""
     layout = subgraph.Layout.of(spec, rank)
     if opset < layout.opset:
         raise ModelError(
@@ -236,9 +243,9 @@ def _codes(
     }
     if form is Form.FUNCTION:
         y = tape.op(layout.name, [q, *channels.values()], attributes, domain=subgraph.DOMAIN, name=name or None)
-        return y, {layout.name: subgraph.function(spec, layout, opset)}
+        return y, {layout.name: subgraph.function(spec, layout, opset)}, {}
     body = subgraph.Body(layout, attributes, tape)
-    return body.write(q, channels), {}
+    return body.write(q, channels), {}, body.stages
 
 
 def _quantize(tape: Tape, x: ir.Value, params: QuantParams, shape: tuple[int, ...], opset: int) -> ir.Value:

@@ -151,6 +151,9 @@ class Body:
         self.tape = tape or Tape()
         self._literals = literals
         self._constants: dict[tuple[str, ir.DataType], ir.Value] = {}
+        #: The values of docs/arithmetic.md's letters, by these, for whoever must find the stage that a consumer gets
+        #: wrong. Of a value in parts, "V.12" is the part that counts 2**12 fold.
+        self.stages: dict[str, ir.Value] = {}
 
     def write(self, q: ir.Value, channels: Mapping[str, ir.Value]) -> ir.Value:
         """Append the nodes from the input codes to the output codes, and return the latter."""
@@ -162,6 +165,7 @@ class Body:
         if self.layout.exponents:
             u = op("Mul", [u, channels["P"]])
         S, Q = self._sums(u)
+        self.stages |= {"u": u, "S": S, "Q": Q}
         R, c, D = self._row_stage(S, Q)
         if c is not None:
             u = op("Sub", [u, self._to_lane(c)])
@@ -170,7 +174,7 @@ class Body:
             p = op("Sub", [p, op("Sub", [self._to_lane(D), self._attribute("t_half", lane)])])
         else:
             p = op("Add", [p, self._attribute("t_half", lane)])
-        t = self._floor_divide(p, self._attribute("t_divisor", lane), lane)  # (7)
+        t = self.stages["t"] = self._floor_divide(p, self._attribute("t_divisor", lane), lane)  # (7)
         offset = op("Add", [channels["B"], self._attribute("y_half", lane)])
         a = op("Add", [op("Mul", [t, channels["G"]]), offset])  # (8), with the half of (9)
         y = self._floor_divide(a, self._attribute("y_divisor", lane), lane)  # (9); below 2**31 by the spec's proof
@@ -197,8 +201,9 @@ class Body:
             V0 = op("Sub", [V0, op("Mul", [S, S])])
         V = op("Mul", [V0, self._attribute("eps_factor", INT64)])
         V = op("Add", [V, self._attribute("eps_code", INT64)])
-        R = self.reciprocal_root(V)[1]
+        r, R = self.reciprocal_root(V)
         R = op("Mul", [R, op("Cast", [op("Greater", [V0, self._constant(0, INT64)])], {"to": INT64})])
+        self.stages |= {"V": V, "r": r, "R": R}
         if not centred:
             return R, None, None
         twice = self._attribute("n_twice", INT64)
@@ -207,6 +212,7 @@ class Body:
         c = op("Sub", [op("Div", [dividend, twice]), bias])  # (5)
         d = op("Sub", [S, op("Mul", [n, c])])
         D = self._floor_divide(op("Add", [op("Mul", [op("Mul", [d, two]), R]), n]), twice, INT64)
+        self.stages |= {"c": c, "D": D}
         return R, c, D
 
     def reciprocal_root(self, V: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -316,6 +322,8 @@ def function(spec: LayerNormSpec, layout: Layout, opset: int) -> ir.Function:
     inputs = {name: ir.Value(name=name) for name in ("q", *tensors(spec))}
     output = body.write(inputs["q"], inputs)
     output.name = "y"
+    for name, value in body.stages.items():
+        value.name = name
     graph = ir.Graph(
         list(inputs.values()), [output], nodes=body.tape.nodes, opset_imports={"": opset}, name=layout.name
     )
