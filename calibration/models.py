@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Unpack
@@ -11,7 +12,8 @@ from typing import Unpack
 import onnx
 
 from ..errors import DataError, FxpError, InputError, ModelError
-from ..export.norms import Model, find_norms, load_model
+from ..export.loading import Model, load_model
+from ..export.norms import Norm, find_norms
 from ..export.qdq import find_border
 from ..params import ModelParams, NormParams
 from ..planner import plan
@@ -32,8 +34,8 @@ class ModelCalibration:
 
     Attributes
     ----------
-    norms, skipped : list of Norm
-        Those that are calibrated, and those that can't be replaced.
+    norms : list of Norm
+        Those that can be replaced.
 
     Raises
     ------
@@ -46,16 +48,27 @@ class ModelCalibration:
         loaded = load_model(model)
         found = find_norms(loaded)
         self.norms = [norm for norm in found if norm.layer is not None]
-        self.skipped = [norm for norm in found if norm.layer is None]
+        self._blocked = [norm for norm in found if norm.layer is None]
         if not self.norms:
-            blocked = "".join(f"; {norm.name}: {norm.blocker}" for norm in self.skipped)
+            blocked = "".join(f"; {norm.name}: {norm.blocker}" for norm in self._blocked)
             raise ModelError(f"the model has no norm that can be replaced{blocked}")
-        values = dict.fromkeys(value for norm in self.norms for value in (norm.input, norm.output))
         self._borders = {norm.name: border for norm in self.norms if (border := find_border(norm)) is not None}
-        self._session = Session(loaded, list(values))
+        self._session = Session(
+            loaded, {value: norm.normalized_shape for norm in self.norms for value in (norm.input, norm.output)}
+        )
         self._calibrations = {norm.name: NormCalibration(norm.layer) for norm in self.norms if norm.layer is not None}
         self._data_hash = FeedHash()
         self._feeds = 0
+
+    @property
+    def skipped(self) -> list[Norm]:
+        """Norms that get no parameters, with the reason: those that can't be replaced, and those that no feed ran."""
+        idle = [norm for norm in self.norms if not self._ran(norm)]
+        return self._blocked + [replace(norm, blocker="the data never runs it") for norm in idle]
+
+    def _ran(self, norm: Norm) -> bool:
+        observer = self._calibrations[norm.name].observer
+        return bool(observer.rows or observer.left_out)
 
     def observe(self, feeds: Feeds, advance: Callable[[], None] = lambda: None) -> None:
         """Run the model on each feed and observe its norms.
@@ -84,7 +97,7 @@ class ModelCalibration:
         """
         options = CalibrationOptions() if options is None else options
         entries = []
-        for norm in self.norms:
+        for norm in list(filter(self._ran, self.norms)) or self.norms:
             calibration = self._calibrations[norm.name]
             try:
                 border = self._borders.get(norm.name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import FxpError, ModelError
-from ..export.norms import Model, find_norms, load_model
+from ..export.loading import Model, load_model
+from ..export.norms import find_norms
 from ..export.qdq import find_border
 from ..params import ModelParams, NormParams
 from ..planner import plan

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from .loading import load_model
 from .model import ExportedNorm, Form, Word, exported_norms, quantize_model, to_onnx
-from .norms import Norm, find_norms, load_model
+from .norms import Norm, find_norms
 from .qdq import Border, find_border
 from .verify import NormCheck, OutputCheck, Verification, Verifier, verify
 

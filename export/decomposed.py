@@ -28,7 +28,10 @@ _PASSING = {"Cast", "Identity", "Reshape", "Expand", "Squeeze", "Unsqueeze", "Tr
 _AFFINE = {"Add", "Sub", "Mul", "Div"}
 _ARITHMETIC = _AFFINE | {"Pow", "Sqrt", "Reciprocal", "Neg", "Abs", "Max", "Min", "Clip", "Relu"}
 _SHAPES = {"Shape", "Size", "Gather", "Slice", "Concat", "ReduceProd"}
-_OPERATORS = _REDUCTIONS | _PASSING | _ARITHMETIC | _SHAPES
+#: What a norm in elementary operators is made of.
+OPERATORS = _REDUCTIONS | _PASSING | _ARITHMETIC | _SHAPES
+#: Without one of these there is none.
+ROOTS = {"Sqrt", "Pow"}
 
 #: Nodes that a region may have on either side of its x, and beyond an RMSNorm's x in search of a mean before it.
 _MOST_NODES, _MORE_NODES = 64, 8
@@ -75,9 +78,9 @@ class Decomposed:
     used_elsewhere: str | None
 
 
-def find_decomposed(graph: ir.Graph) -> list[Decomposed]:
-    """Return the norms that the graph itself spells out, in the order of their roots."""
-    finder = _Finder(graph)
+def find_decomposed(graph: ir.Graph, evaluator: Evaluator) -> list[Decomposed]:
+    """Return the norms that the graph itself spells out, without its bodies, in the order of their roots."""
+    finder = _Finder(graph, evaluator)
     found: dict[ir.Value, Decomposed] = {}
     with np.errstate(all="ignore"):
         for argument in finder.roots():
@@ -115,11 +118,11 @@ class _Statistic:
 class _Finder:
     """Walks a graph and evaluates parts of it."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, evaluator: Evaluator) -> None:
         self._nodes = list(graph)
         self._order = {node: index for index, node in enumerate(self._nodes)}
-        self._evaluator = Evaluator(graph, _OPERATORS)
-        self._constants = self._evaluator.constants
+        self._evaluator = evaluator
+        self._constants = evaluator.constants
 
     def roots(self) -> Iterator[ir.Value]:
         """Yield the arguments of the square roots."""
@@ -314,7 +317,7 @@ class _Finder:
 
 
 def _known(node: ir.Node) -> bool:
-    return node.op_type in _OPERATORS and node.domain in ("", "ai.onnx")
+    return node.op_type in OPERATORS and node.domain in ("", "ai.onnx")
 
 
 def _is_integer(value: ir.Value) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Set
 from typing import Any
 
 import numpy as np
@@ -26,19 +26,28 @@ class Evaluator:
         Its nodes must be in order.
     operators : container of str
         ONNX's operators that may be run to fold constants.
+    opset : int
+    constants : set of onnx_ir.Value
+        Those of the graphs around it.
     """
 
-    def __init__(self, graph: ir.Graph, operators: Container[str]) -> None:
-        self._opset = graph.opset_imports.get("", 0)
+    def __init__(
+        self, graph: ir.Graph, operators: Container[str], opset: int, constants: Set[ir.Value] = frozenset()
+    ) -> None:
+        self._known, self._opset = operators, opset
         self._operators: dict[ir.Node, ReferenceEvaluator] = {}
         self._folded: dict[ir.Value, Array] = {}
         #: What no input of the model decides.
-        self.constants = {value for value in graph.initializers.values() if value.const_value is not None}
+        self.constants = {value for value in graph.initializers.values() if value.const_value is not None} | constants
         for node in graph:
             inputs = [value for value in node.inputs if value is not None]
             folds = node.op_type in operators and inputs and self.constants.issuperset(inputs)
             if folds or (len(node.outputs) == 1 and is_constant(node.outputs[0])):
                 self.constants.update(node.outputs)
+
+    def within(self, body: ir.Graph) -> Evaluator:
+        """Return the evaluator of a body in the graph."""
+        return Evaluator(body, self._known, self._opset, self.constants)
 
     def constant(self, value: ir.Value) -> Array:
         """Return a constant's value.

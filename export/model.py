@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -20,8 +21,10 @@ from ..params import ModelParams, NormParams
 from ..quantization import QuantParams
 from ..runtime import load_external_data
 from ..spec import LayerNormSpec
-from . import subgraph
-from .norms import Model, Norm, find_norms, load_model
+from . import fused, subgraph
+from .loading import Model, load_model, restore
+from .names import unique_name
+from .norms import Norm, find_norms
 from .qdq import find_border, input_value
 
 #: The opset of a norm that is exported by itself; in a model, `subgraph.Layout.opset` is the lowest.
@@ -120,7 +123,6 @@ def quantize_model(
     """
     form, _ = _parse(form, word)
     graph_model = load_model(model).clone()
-    load_external_data(graph_model)
     opset = graph_model.graph.opset_imports.get("", 0)
     if graph_model.ir_version < IR_VERSION and form is Form.FUNCTION:
         raise ModelError(
@@ -128,16 +130,22 @@ def quantize_model(
         )
     norms = {norm.name: norm for norm in find_norms(graph_model)}
     taken = set(ir.convenience.create_value_mapping(graph_model.graph))
-    taken.update(node.name for node in graph_model.graph if node.name)
+    taken.update(node.name for node in graph_model.graph.all_nodes() if node.name)
     exported: list[ExportedNorm] = []
     functions: dict[str, ir.Function] = {}
     for entry in params.norms:
-        _check_same(norms.get(entry.name), entry)
-        where, needed = _replace(graph_model, norms[entry.name], entry, form, opset, taken)
+        norm = norms.get(entry.name)
+        _check_same(norm, entry)
+        assert norm is not None
+        if fused.adds(norm.nodes[0]):
+            norm = dataclasses.replace(norm, nodes=(fused.split(norm.nodes[0], opset),))
+        where, needed = _replace(graph_model, norm, entry, form, opset, taken)
         exported.append(where)
         functions.update(needed)
+    restore(graph_model, [norm.input for norm in exported])
     _add_functions(graph_model, functions)
     graph_model.metadata_props[METADATA_KEY] = json.dumps([vars(norm) for norm in exported])
+    load_external_data(graph_model)
     return ir.to_proto(graph_model)
 
 
@@ -179,7 +187,9 @@ def _replace(
     model: ir.Model, norm: Norm, entry: NormParams, form: Form, opset: int, taken: set[str]
 ) -> tuple[ExportedNorm, dict[str, ir.Function]]:
     """Replace one norm; returns where its codes are and the functions that it calls."""
-    spec, old = entry.spec, norm.nodes[-1].outputs[0]
+    spec, graph = entry.spec, norm.nodes[-1].graph
+    assert isinstance(graph, ir.Graph)
+    old = norm.nodes[-1].outputs[0]
     x, border = input_value(norm), find_border(norm)
     border = border if border is not None and border.fits(spec) else None
     unused = [value for node in norm.nodes for value in node.inputs if value is not None and value is not x]
@@ -199,11 +209,11 @@ def _replace(
     for value, params in ((codes_in, spec.input), (codes_out, spec.output)):
         value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(params.dtype.numpy)), x.shape
     for value in tape.initializers:
-        model.graph.register_initializer(value)
+        graph.register_initializer(value)
     ir.convenience.replace_nodes_and_values(
-        model.graph, norm.nodes[-1], nodes, tape.nodes, list(results), list(results.values())
+        graph, norm.nodes[-1], nodes, tape.nodes, list(results), list(results.values())
     )
-    _remove_unused(model, unused)
+    _remove_unused(unused)
     floats = (None, None) if border else (x.name, results[old].name)
     exported = ExportedNorm(
         norm.name, floats[0], codes_in.name or "", codes_out.name or "", floats[1],
@@ -212,18 +222,18 @@ def _replace(
     return exported, functions
 
 
-def _remove_unused(model: ir.Model, values: list[ir.Value]) -> None:
+def _remove_unused(values: list[ir.Value]) -> None:
     """Remove what only a replaced norm used: its scale and bias, and the nodes that made them."""
     for value in values:
-        producer = value.producer()
-        if value.uses() or value.is_graph_output() or value.is_graph_input():
+        producer, graph = value.producer(), value.graph
+        if value.uses() or value.is_graph_output() or value.is_graph_input() or not isinstance(graph, ir.Graph):
             continue
         if value.is_initializer():
-            model.graph.initializers.pop(value.name or "", None)
-        elif producer is not None and producer.graph is model.graph and len(producer.outputs) == 1:
+            graph.initializers.pop(value.name or "", None)
+        elif producer is not None and len(producer.outputs) == 1:
             inputs = [source for source in producer.inputs if source is not None]
-            model.graph.remove(producer, safe=True)
-            _remove_unused(model, inputs)
+            graph.remove(producer, safe=True)
+            _remove_unused(inputs)
 
 
 def _codes(
@@ -293,13 +303,7 @@ def _name(tape: Tape, norm: str, taken: set[str], roles: dict[ir.Value, str]) ->
     values = [(output, roles.get(output, node.op_type)) for node in tape.nodes for output in node.outputs]
     values += [(value, (value.name or "").rpartition("/")[2]) for value in tape.initializers]
     for value, role in values:
-        base = name = f"{norm}/{role}"
-        count = 0
-        while name in taken:
-            count += 1
-            name = f"{base}_{count}"
-        taken.add(name)
-        value.name = name
+        value.name = unique_name(f"{norm}/{role}", taken)
     for node in tape.nodes:
         node.name = node.outputs[0].name
 

@@ -1,34 +1,25 @@
-"""Reading a model and finding its norms."""
+"""Finding the norms of a model."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
-from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
-import onnx_ir.passes.common
 
 from ..errors import ModelError
+from ..exposure import CONTROL_FLOW
 from ..layer import LayerNorm, RMSNorm
 from ..proof import NormKind
+from . import fused
 from .constants import constant
-from .decomposed import Decomposed, find_decomposed
-
-_KINDS = {
-    "LayerNormalization": NormKind.LAYERNORM,
-    "RMSNormalization": NormKind.RMSNORM,
-    "SimplifiedLayerNormalization": NormKind.RMSNORM,  # ONNX Runtime's, which stands in ONNX's own domain
-}
-
-Model = str | PathLike[str] | onnx.ModelProto | ir.Model
+from .decomposed import OPERATORS, Decomposed, find_decomposed
+from .evaluation import Evaluator
 
 
 @dataclass(frozen=True)
@@ -75,48 +66,56 @@ class Norm:
         return math.prod(self.normalized_shape) if self.normalized_shape else 0
 
 
-def load_model(model: Model) -> ir.Model:
-    """Return a model as onnx_ir.Model, with its shapes inferred where they can be.
-
-    Raises
-    ------
-    ModelError
-        If the file can't be read or is no valid ONNX model.
-    """
-    if isinstance(model, ir.Model):
-        return model
-    name = "the model" if isinstance(model, onnx.ModelProto) else Path(model)
-    try:
-        loaded = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else ir.load(model)
-    except OSError as error:
-        raise ModelError(f"{name} can't be read: {error.strerror or error}") from error
-    except Exception as error:  # protobuf and onnx_ir share no base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{name} is not a valid ONNX model: {reason}") from error
-    if not loaded.graph.opset_imports or not len(loaded.graph):
-        raise ModelError(f"{name} is not a valid ONNX model: it has no opset or no node; it may be cut short")
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # shapes that can't be inferred are no news: a norm that needs them says so
-    try:
-        ir.passes.common.ShapeInferencePass()(loaded)
-    finally:
-        logger.setLevel(level)
-    return loaded
-
-
 def find_norms(model: ir.Model) -> list[Norm]:
-    """Return the norms of a model's main graph, in its order.
+    """Return the norms of a model that `load_model` read, in its order, those of its graph's bodies among them.
 
     These are the nodes LayerNormalization (opset 17 and later), RMSNormalization (opset 23 and later) and ONNX
-    Runtime's SimplifiedLayerNormalization, and what computes the same in elementary operators, whatever its spelling.
+    Runtime's SimplifiedLayerNormalization, SkipLayerNormalization, SkipSimplifiedLayerNormalization and
+    EmbedLayerNormalization, and what computes the same in elementary operators, whatever its spelling. Functions that
+    hold norms and could not be inlined are searched for nodes.
     """
-    names = Counter(node.name for node in model.graph)
-    fused = [node for node in model.graph if node.op_type in _KINDS and node.domain in ("", "ai.onnx")]
-    norms = [_norm(node, _name(node, names)) for node in fused]
-    norms += [_decomposed(region, _name(region.nodes[-1], names)) for region in find_decomposed(model.graph)]
-    order = {node: index for index, node in enumerate(model.graph)}
-    return sorted(norms, key=lambda norm: order[norm.nodes[-1]])
+    opset = model.opset_imports.get("", 0)
+    found: list[Norm] = []
+    names = Counter(node.name for node in model.graph.all_nodes())
+    for graph, evaluator, around in _scopes(model.graph, Evaluator(model.graph, OPERATORS, opset), ()):
+        inner = _unobservable(around)
+        fused_nodes = [node for node in graph if fused.kind(node) is not None]
+        norms = [_norm(node, _name(node, names)) for node in fused_nodes]
+        norms += [_decomposed(region, _name(region.nodes[-1], names)) for region in find_decomposed(graph, evaluator)]
+        found += norms if inner is None else [replace(norm, layer=None, blocker=inner) for norm in norms]
+    order = {node: index for index, node in enumerate(model.graph.all_nodes())}
+    found.sort(key=lambda norm: order[norm.nodes[-1]])
+    for function in model.functions.values():
+        reason = f"it is in the function {function.name!r}, which has another opset than the model and can't be inlined"
+        for node in function.all_nodes():
+            if fused.kind(node) is not None:
+                norm = _norm(node, f"{function.name}/{node.name or node.outputs[0].name}")
+                found.append(replace(norm, layer=None, blocker=reason))
+    return found
+
+
+def _scopes(
+    graph: ir.Graph, evaluator: Evaluator, around: tuple[ir.Node, ...]
+) -> Iterator[tuple[ir.Graph, Evaluator, tuple[ir.Node, ...]]]:
+    """Yield a graph and all bodies in it, with the nodes around them."""
+    yield graph, evaluator, around
+    for node in graph:
+        for attribute in node.attributes.values():
+            bodies = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else []
+            bodies += attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else []
+            for body in bodies:
+                yield from _scopes(body, evaluator.within(body), (*around, node))
+
+
+def _unobservable(around: tuple[ir.Node, ...]) -> str | None:
+    """Tell why the values of a body can't be observed."""
+    for node in around:
+        if node.op_type not in CONTROL_FLOW or node.domain not in ("", "ai.onnx"):
+            return f"it is in a body of a {node.op_type} node, whose values can't be observed"
+    operators = [node.op_type for node in around]
+    if "Scan" in operators and set(operators[operators.index("Scan") :]) != {"Scan"}:
+        return f"it is in a body of a {operators[-1]} node within a Scan, whose values can't be observed"
+    return None
 
 
 def _name(node: ir.Node, names: Counter[str | None]) -> str:
@@ -124,13 +123,13 @@ def _name(node: ir.Node, names: Counter[str | None]) -> str:
 
 
 def _norm(node: ir.Node, name: str) -> Norm:
-    if not node.inputs or node.inputs[0] is None:
+    x, output, kind = fused.value(node), node.outputs[0], fused.kind(node)
+    if x is None:
         raise ModelError(f"the {node.op_type} node {name!r} has no input")
-    x, output = node.inputs[0], node.outputs[0]
-    kind = _KINDS[node.op_type]
+    assert kind is not None
     axis = node.attributes.get_int("axis", -1)
-    epsilon = node.attributes.get_float("epsilon", 1e-5)
-    optional = [*node.inputs[1:3], None, None][:2]
+    epsilon = node.attributes.get_float("epsilon", 1e-12 if fused.adds(node) else 1e-5)
+    optional = fused.parameters(node)
     gamma, beta = map(constant, optional)
     rank = len(x.shape) if x.shape is not None else None
     layer: LayerNorm | RMSNorm | None = None
@@ -144,8 +143,8 @@ def _norm(node: ir.Node, name: str) -> Norm:
         shape = _trailing_shape(x, len(axes), gamma)
         if gamma is None or (optional[1] is not None and beta is None):
             blocker = "its scale or bias is computed by the model"
-        elif any(used.uses() or used.is_graph_output() for used in node.outputs[1:]):
-            blocker = "its mean or inverse deviation is used"
+        elif (reason := fused.blocker(node)) is not None:
+            blocker = reason
         elif not shape:
             blocker = "the size of the normalized dimensions is not known"
         else:

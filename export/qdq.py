@@ -17,6 +17,7 @@ from onnx_ir.tape import Tape
 from ..errors import InputError
 from ..quantization import LARGEST_EXPONENT, DType, QuantParams
 from ..spec import LayerNormSpec
+from . import fused
 from .constants import DEQUANTIZE, QUANTIZE, codes_type, constant, is_quantizer
 from .norms import Norm
 
@@ -71,16 +72,20 @@ def find_border(norm: Norm) -> Border | None:
     if not all(is_quantizer(node, QUANTIZE) and node.inputs[0] is y and node.graph is graph for node in quantizers):
         return None
     codes = dequantizer.inputs[0]
+    if codes is None or codes.graph is not graph:
+        return None
     rank = len(x.shape) if x.shape is not None else None
     source = _params(dequantizer, norm, rank)
     targets = [_params(node, norm, rank) for node in quantizers]
-    if codes is None or source is None or targets[0] is None or any(target != targets[0] for target in targets):
+    if source is None or targets[0] is None or any(target != targets[0] for target in targets):
         return None
     return Border(source, targets[0], codes, x, quantizers)
 
 
 def input_value(norm: Norm) -> ir.Value:
     """Return the value that a norm reads: found by its name, as what came before it may have been replaced."""
+    if fused.adds(norm.nodes[0]) and (total := fused.value(norm.nodes[0])) is not None:
+        return total
     return next(value for node in norm.nodes for value in node.inputs if value is not None and value.name == norm.input)
 
 

@@ -14,8 +14,8 @@ from ..errors import DataError, InputError, ModelError
 from ..inference import FxpLayerNorm
 from ..params import ModelParams
 from ..runtime import Feed, Feeds, Session
+from .loading import Model, load_model
 from .model import ExportedNorm, exported_norms
-from .norms import Model, load_model
 
 
 @dataclass
@@ -141,13 +141,13 @@ class Verifier:
             raise ModelError(f"the norm {odd!r} is in only one of the exported model and the parameters")
         self._kernels = {name: FxpLayerNorm(spec) for name, spec in specs.items()}
         self._norms = {name: NormCheck(name) for name in specs}
-        values = [
-            value
+        values = {
+            value: specs[place.name].normalized_shape
             for place in self._places
             for value in (place.input, place.codes_in, place.codes_out, place.output)
             if value is not None
-        ]
-        self._session = Session(model, list(dict.fromkeys(values)))
+        }
+        self._session = Session(model, values)
         self._outputs = {name: OutputCheck(name) for name in self._session.outputs}
 
     def update(self, feed: Feed, expected: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,26 @@ def load_external_data(model: ir.Model) -> None:
         raise ModelError(f"the model's external data can't be read: {error}") from error
 
 
+def _external_folder(model: ir.Model) -> Path | None:
+    """Return the folder of a model's external data, where it is one that ONNX Runtime can read them from.
+
+    Raises
+    ------
+    ModelError
+        If a file of them is missing.
+    """
+    import onnx_ir as ir
+
+    graphs = [model.graph, *model.graph.subgraphs()]
+    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
+    external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+    for tensor in external:
+        if not Path(tensor.path).is_file():
+            raise ModelError(f"the model's external data can't be read: there is no file {tensor.path}")
+    folders = {Path(tensor.base_dir).resolve() for tensor in external}
+    return folders.pop() if len(folders) == 1 else None
+
+
 class FeedHash:
     """A hash over feeds as they pass: the names, types, shapes and bytes of their arrays."""
 
@@ -148,9 +168,10 @@ class Session:
     Parameters
     ----------
     model : onnx_ir.Model
-        Left as it is.
-    values : sequence of str
-        Names of inner values to return.
+        Left as it is. Its external data are read by ONNX Runtime, not by us.
+    values : iterable of str, or mapping of str to tuple of int
+        Names of inner values to return; of those in bodies of If, Loop and Scan, with the shape of a row, which the
+        rows of all passes are returned in.
 
     Raises
     ------
@@ -160,27 +181,27 @@ class Session:
         If ONNX Runtime is not installed.
     """
 
-    def __init__(self, model: ir.Model, values: Sequence[str] = ()) -> None:
+    def __init__(self, model: ir.Model, values: Iterable[str] | Mapping[str, tuple[int, ...]] = ()) -> None:
         import onnx_ir as ir
 
+        from .exposure import expose
+
         ort = _onnxruntime()
-        exposed = model.clone()
-        load_external_data(exposed)
-        known = ir.convenience.create_value_mapping(exposed.graph)
-        self.outputs = [output.name or "" for output in exposed.graph.outputs]
-        for name in values:
-            if name not in known:
-                raise ModelError(f"the model has no value {name!r}")
-            if known[name] not in exposed.graph.outputs and not known[name].is_graph_input():
-                exposed.graph.outputs.append(known[name])
-        self._inner_inputs = [name for name in values if known[name].is_graph_input()]
-        self._names = [output.name or "" for output in exposed.graph.outputs]
+        folder = _external_folder(model)
+        if folder is None:
+            model = model.clone()
+            load_external_data(model)
+        proto = ir.to_proto(model)
+        self.outputs = [output.name for output in proto.graph.output]
+        asked = values if isinstance(values, Mapping) else dict.fromkeys(values, ())
+        self._exposed = expose(proto, asked)
+        self._inner_inputs = [name for name in asked if name not in self._exposed]
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
-            self._session = ort.InferenceSession(
-                ir.to_proto(exposed).SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base
             raise ModelError(f"ONNX Runtime can't load the model: {_first_line(error)}") from error
         self._inputs = {node.name: node for node in self._session.get_inputs()}
@@ -197,11 +218,12 @@ class Session:
         unknown = sorted(set(feed) - set(self._inputs))
         if unknown:
             raise DataError(f"the data holds {unknown[0]!r}; the model's inputs are {', '.join(self._inputs)}")
+        names = {name: name for name in self.outputs} | self._exposed
         try:
-            results = self._session.run(self._names, checked)
+            results = self._session.run(list(names.values()), checked)
         except Exception as error:
             raise DataError(f"ONNX Runtime can't run the model on this data: {_first_line(error)}") from error
-        return dict(zip(self._names, results, strict=True)) | {name: checked[name] for name in self._inner_inputs}
+        return dict(zip(names, results, strict=True)) | {name: checked[name] for name in self._inner_inputs}
 
     def _check(self, name: str, feed: Feed) -> npt.NDArray[Any]:
         if name not in feed:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..errors import DataError, FxpError
 from ..export import OutputCheck, load_model, quantize_model
-from ..export.norms import Model
+from ..export.loading import Model
 from ..params import ModelParams
 from ..runtime import Feed, Feeds, Session
 from . import advice
@@ -71,7 +71,7 @@ def analyze_model(
     everything = quantize_model(loaded, params)  # refuses parameters of another model before anything runs
     command = Command(model_name, calibration_name or data_name, params_name)
     analyzers = [NormAnalyzer(norm.spec, norm.name, command) for norm in params.norms]
-    session = Session(loaded, list(dict.fromkeys(norm.input for norm in params.norms)))
+    session = Session(loaded, {norm.input: norm.spec.normalized_shape for norm in params.norms})
     held: list[_Held] = []
     count = size = 0
     for feed in feeds:
