@@ -154,6 +154,20 @@ def test_seen_headroom_is_never_below_the_proved() -> None:
             assert 0 <= width.headroom_proved <= width.headroom_seen <= width.bits, width
 
 
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("factor", [4, 40, 400])
+def test_values_far_beyond_the_codes_are_attributed_to_saturation(lane: int, factor: float) -> None:
+    """Their variance exceeds what the proof holds for codes: it must not wrap where the clipping is exact."""
+    rows = real_rows()
+    spec = calibrated(lane=lane)
+    rows[::50, 7] = factor * spec.input.scale * 2.0 ** max(spec.input.channel_exponents(48)) * 127
+    free = stages.compute(spec, rows, {Stage.INPUT_SATURATION})
+    assert free.V.min() > 0
+    analysis = fxp.analyze(spec, rows)
+    assert analysis.attribution.term(Stage.INPUT_SATURATION).share > 0.5
+    assert abs(analysis.attribution.interaction_share) < 0.5
+
+
 def test_outlier_channels_are_named() -> None:
     analysis = fxp.analyze(calibrated(), real_rows())
     (outlier,) = analysis.channels.outliers

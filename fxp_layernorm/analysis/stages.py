@@ -211,7 +211,10 @@ def _add_epsilon(spec: LayerNormSpec, V0: Array, exact: bool) -> Array:
         e = np.longdouble(spec.n) ** 2 * np.longdouble(spec.eps) / np.longdouble(spec.input.scale) ** 2
         V: Array = np.ldexp(V0.astype(np.longdouble) + e, 2 * spec.h)
         return V
-    return (V0 << 2 * spec.h) + spec.E if _integers(V0) else np.ldexp(V0, 2 * spec.h) + spec.E
+    # codes keep V below 2**62, values that are not clipped need not
+    if _integers(V0) and float(V0.max(initial=0)) < 2.0 ** (proof.V_BITS - 2 * spec.h):
+        return (V0 << 2 * spec.h) + spec.E
+    return np.ldexp(V0.astype(np.longdouble), 2 * spec.h) + spec.E
 
 
 def _reciprocal_root(spec: LayerNormSpec, V: Array, exact: bool) -> Array:
