@@ -34,7 +34,7 @@ def example() -> str:
     ideal = reference.ideal(spec, np.array(CODES, dtype=spec.input.dtype.numpy))
     lines = [
         f"lane {spec.lane}  n {spec.n}  m {spec.m}  K {spec.K}  h {spec.h}  E {spec.E}  s1 {spec.s1}  s2 {spec.s2}"
-        f"  z {spec.input.zero_point}  lo {spec.output.dtype.lo}  hi {spec.output.dtype.hi}",
+        f"  z {spec.input.zero_point}  lo {spec.output.lo}  hi {spec.output.hi}",
         _row("    e", spec.input.channel_exponents(spec.n)),
         _row("    G", spec.G),
         _row("    B", spec.B),

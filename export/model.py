@@ -269,7 +269,7 @@ def _quantize(tape: Tape, x: ir.Value, params: QuantParams, shape: tuple[int, ..
     if opset >= (13 if dtype.itemsize == 1 else 21):  # the first opset whose QuantizeLinear has the type
         return op("QuantizeLinear", [x, scale, _constant(tape, dtype.type(params.zero_point))])
     x = op("Add", [op("Round", [op("Div", [x, scale])]), _constant(tape, np.float32(params.zero_point))])
-    low, high = (_constant(tape, np.float32(end)) for end in (params.dtype.lo, params.dtype.hi))
+    low, high = (_constant(tape, np.float32(end)) for end in (params.lo, params.hi))
     return op("Cast", [op("Clip", [x, low, high])], {"to": ir.DataType.from_numpy(dtype)})
 
 

@@ -114,8 +114,8 @@ def attributes(spec: LayerNormSpec) -> dict[str, int]:
         "t_divisor": 1 << spec.s1,
         "y_half": 1 << spec.s2 - 1,
         "y_divisor": 1 << spec.s2,
-        "y_low": spec.output.dtype.lo,
-        "y_high": spec.output.dtype.hi,
+        "y_low": spec.output.lo,
+        "y_high": spec.output.hi,
         "y_type": int(ir.DataType.from_numpy(spec.output.dtype.numpy)),
     }
     if spec.lane == 64:

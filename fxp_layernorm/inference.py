@@ -5,25 +5,29 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from . import proof
+from .adder import NARROW_BITS, code_multipliers, width
+from .axes import from_rows, to_rows
 from .errors import CodeTypeError, InputError
 from .proof import NormKind
-from .reference import check_codes
+from .quantization import QuantParams
+from .reference import check_operands
 from .spec import LayerNormSpec
 
 #: A thread takes at least this many elements by default: some 20 us of work, several times what handing it over costs.
 THREAD_ELEMENTS = 1 << 17
-#: Rows are copied in blocks of about this many elements when the output takes the place of the input.
+#: Rows that have to be copied or added are so in blocks of about this many elements.
 COPY_ELEMENTS = 1 << 16
 
 _Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 
 class FxpLayerNorm:
@@ -49,109 +53,198 @@ class FxpLayerNorm:
         self._shape = spec.normalized_shape
         self._in_dtype = spec.input.dtype.numpy
         self._out_dtype = spec.output.dtype.numpy
+        last = spec.axes == tuple(range(-len(spec.axes), 0))
+        self._simple = last and spec.adder is None and (spec.input.lo, spec.input.hi) == _ends(self._in_dtype)
+        self._last = last
         self._arguments = _kernel_arguments(spec)
+        self._adder = None if spec.adder is None else _adder_arguments(spec)
 
     def __repr__(self) -> str:
         spec = self.spec
-        return f"FxpLayerNorm({spec.normalized_shape}, {spec.input.dtype} -> {spec.output.dtype}, lane {spec.lane})"
+        codes = " + ".join(params.dtype for params in spec.operands)
+        return f"FxpLayerNorm({spec.normalized_shape}, {codes} -> {spec.output.dtype}, lane {spec.lane})"
 
-    def __call__(self, q: npt.ArrayLike, out: _Array | None = None, *, threads: int | None = None) -> _Array:
+    def __call__(
+        self,
+        q: npt.ArrayLike,
+        out: _Array | None = None,
+        *,
+        residual: npt.ArrayLike | None = None,
+        threads: int | None = None,
+    ) -> _Array:
         """Return the output codes of input codes.
+
+        Rows that lie in memory one after the other, in C order, are taken as they are. Others (axes that are not the
+        last, strided or transposed arrays, an output in the place of an input) are copied, a block that stays in the
+        cache at a time.
 
         Parameters
         ----------
-        q : array_like of shape (..., *normalized_shape)
-            Codes of the dtype ``spec.input.dtype``. Arrays that are not C-contiguous are copied first.
+        q : array_like
+            Codes of the dtype ``spec.input.dtype``, with the dimensions ``spec.normalized_shape`` at ``spec.axes``.
         out : ndarray, optional
             Takes the result: of the shape of `q` and the dtype ``spec.output.dtype``. It may be `q` itself.
+        residual : array_like, optional
+            Codes of ``spec.residual``, of the shape of `q`, where the spec has one.
         threads : int, optional
             Takes the place of the constructor's for this call.
 
         Raises
         ------
         CodeTypeError, InputError
-            If the dtype or shape of `q` or `out` doesn't fit the spec, `out` is read-only, or `threads` is below 1.
+            If the dtype, shape or range of the codes or of `out` doesn't fit the spec, `out` is read-only, or `threads`
+            is below 1.
         """
         # the whole check takes as long as the row of 768 elements that it guards
-        checked = type(q) is np.ndarray and q.dtype is self._in_dtype and q.ndim == 2 and q.shape[1:] == self._shape
-        codes: _Array = q if checked else check_codes(self.spec, q)  # type: ignore[assignment]
-        flags = codes.flags
-        if not (flags.c_contiguous and flags.aligned):
-            codes = codes.copy(order="C")
-        rows = codes.reshape(-1, self._n)
-        rows.setflags(write=False)  # one type of array for the kernel, whether the caller's is read-only or not
-        if out is None:
-            result = out = np.empty(codes.shape, dtype=self._out_dtype)
-            in_place = False
+        simple = self._simple and residual is None and type(q) is np.ndarray and q.dtype is self._in_dtype
+        if simple and q.ndim == 2 and q.shape[1:] == self._shape:  # type: ignore[union-attr]
+            operands: list[_Array] = [q]  # type: ignore[list-item]
         else:
-            self._check_out(out, codes.shape)
-            overlap = np.may_share_memory(out, rows)
-            in_place = overlap and out.ctypes.data == codes.ctypes.data and out.itemsize == codes.itemsize
-            fits = out.flags.c_contiguous and out.flags.aligned and (in_place or not overlap)
-            result = out if fits else np.empty(codes.shape, dtype=self._out_dtype)
-        self._run(rows, result.reshape(-1, self._n), in_place and result is out, threads)
-        if result is not out:
-            out[...] = result
-        return out
+            operands = check_operands(self.spec, q, residual)
+        return self._call(operands, out, None, threads)
 
-    def _run(self, rows: _Array, out: _Array, in_place: bool, threads: int | None) -> None:
-        threads = self.threads if threads is None else _check_threads(threads)
-        if threads is None:
-            threads = 1 if rows.size < 2 * THREAD_ELEMENTS else min(_cores(), rows.size // THREAD_ELEMENTS)
-        threads = min(threads, len(rows))
-        kernel = _kernel_in_place if in_place else _kernel()
+    def with_sum(
+        self, q: npt.ArrayLike, residual: npt.ArrayLike | None = None, *, threads: int | None = None
+    ) -> tuple[_Array, _Array]:
+        """Return the output codes and the codes of the sum, of a spec that has a `sum_output`."""
+        if self.spec.sum_output is None:
+            raise InputError("the spec has no sum_output")
+        operands = check_operands(self.spec, q, residual)
+        sums = np.empty(operands[0].shape, dtype=self.spec.sum_output.dtype.numpy)
+        return self._call(operands, None, sums, threads), sums
+
+    def _call(self, operands: list[_Array], out: _Array | None, sums: _Array | None, threads: int | None) -> _Array:
+        shape = operands[0].shape
+        direct = self._last and all(codes.flags.c_contiguous and codes.flags.aligned for codes in operands)
+        if out is None:
+            result = np.empty(shape, dtype=self._out_dtype)
+        else:
+            self._check_out(out, shape)
+            shared = [codes for codes in operands if np.may_share_memory(out, codes)]
+            direct = direct and not shared and out.flags.c_contiguous and out.flags.aligned
+            fits = all(_same_place(out, codes) for codes in shared)
+            result = out if fits else np.empty(shape, dtype=self._out_dtype)
+        results = [result] if sums is None else [result, sums]
+        (self._run_rows if direct else self._run_blocks)(operands, results, threads)
+        if out is not None and result is not out:
+            out[...] = result
+            return out
+        return result
+
+    def _run_rows(self, operands: list[_Array], results: list[_Array], threads: int | None) -> None:
+        """Compute arrays whose rows lie one after the other, in place."""
+        inputs = [codes.reshape(-1, self._n) for codes in operands]
+        for rows in inputs:
+            rows.setflags(write=False)  # one type of array for the kernel, whether the caller's is read-only or not
+        outputs = [array.reshape(-1, self._n) for array in results]
+        count = len(inputs[0])
+        threads = self._threads(inputs[0].size, count, threads)
         if threads <= 1:
-            kernel(rows, out, *self._arguments)
+            self._compute(inputs, outputs)
             return
         # a few parts for each thread, so that one which has to share its core doesn't hold up the others
-        step = -(-len(rows) // (4 * threads))
-        parts = iter([slice(start, start + step) for start in range(0, len(rows), step)])
-        helpers = [_pool(threads - 1).submit(self._work, kernel, rows, out, parts) for _ in range(threads - 1)]
-        self._work(kernel, rows, out, parts)
-        for helper in helpers:
-            helper.result()
+        step = -(-count // (4 * threads))
+        parts = [slice(start, start + step) for start in range(0, count, step)]
+        _share(threads, parts, lambda part: self._compute([rows[part] for rows in inputs], [y[part] for y in outputs]))
 
-    def _work(self, kernel: Callable[..., None], rows: _Array, out: _Array, parts: Iterator[slice]) -> None:
-        for part in parts:
-            kernel(rows[part], out[part], *self._arguments)
+    def _run_blocks(self, operands: list[_Array], results: list[_Array], threads: int | None) -> None:
+        """Compute arrays of any layout, by copies of a few rows."""
+        axes, n = self.spec.axes, self._n
+        last = range(-len(axes), 0)
+        inputs, outputs = ([np.moveaxis(array, axes, last) for array in arrays] for arrays in (operands, results))
+        leading = inputs[0].shape[: -len(axes)]
+        if not inputs[0].size:
+            return
+        axis = int(np.argmax(leading)) if leading else 0
+        length = leading[axis] if leading else 1
+        step = max(1, COPY_ELEMENTS * length // inputs[0].size)
+        parts = [
+            (slice(None),) * axis + (slice(start, start + step),) if leading else () for start in range(0, length, step)
+        ]
 
-    def quantize(self, x: npt.ArrayLike) -> npt.NDArray[Any]:
-        """Return the input codes of real values of shape (..., *normalized_shape)."""
-        values = np.asarray(x)
-        return self.spec.input.quantize(self._channels_last(values)).reshape(values.shape)
+        def work(part: tuple[slice, ...]) -> None:
+            copies = [np.array(array[part], order="C").reshape(-1, n) for array in inputs]
+            for rows in copies:
+                rows.setflags(write=False)
+            blocks = [np.empty((len(copies[0]), n), dtype=array.dtype) for array in outputs]
+            self._compute(copies, blocks)
+            for array, block in zip(outputs, blocks, strict=True):
+                array[part] = block.reshape(array[part].shape)
 
-    def dequantize(self, q: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Return the real values of output codes of shape (..., *normalized_shape)."""
-        codes = np.asarray(q)
-        return self.spec.output.dequantize(self._channels_last(codes)).reshape(codes.shape)
+        _share(self._threads(inputs[0].size, len(parts), threads), parts, work)
 
-    def forward(self, x: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    def _threads(self, elements: int, parts: int, threads: int | None) -> int:
+        threads = self.threads if threads is None else _check_threads(threads)
+        if threads is None:
+            threads = 1 if elements < 2 * THREAD_ELEMENTS else min(_cores(), elements // THREAD_ELEMENTS)
+        return min(threads, parts)
+
+    def _compute(self, inputs: list[_Array], outputs: list[_Array]) -> None:
+        """Run the kernels on rows: the input stage, where there is one, in blocks that stay in the cache."""
+        if self._adder is None:
+            _kernel()(inputs[0], outputs[0], *self._arguments)
+            return
+        from . import kernels
+
+        step = max(1, COPY_ELEMENTS // self._n)
+        for start in range(0, len(inputs[0]), step):
+            codes = [rows[start : start + step] for rows in inputs]
+            u = np.empty(codes[0].shape, dtype=np.int32)
+            kernels.add(codes[0], codes[1] if len(codes) > 1 else None, u, *self._adder[0])
+            if len(outputs) > 1:
+                kernels.sum_codes(u, outputs[1][start : start + step], *self._adder[1])
+            u.setflags(write=False)
+            _kernel()(u, outputs[0][start : start + step], *self._arguments)
+
+    def quantize(self, x: npt.ArrayLike, params: QuantParams | None = None) -> npt.NDArray[Any]:
+        """Return the codes of real values: those of the input, or of other parameters, as the residual's."""
+        return self._by_channel(np.asarray(x), (params or self.spec.input).quantize)
+
+    def dequantize(self, q: npt.ArrayLike, params: QuantParams | None = None) -> npt.NDArray[np.float32]:
+        """Return the real values of codes: those of the output, or of other parameters, as the sum's."""
+        return self._by_channel(np.asarray(q), (params or self.spec.output).dequantize)
+
+    def forward(self, x: npt.ArrayLike, residual: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
         """Return the norm of real values through the integers: quantize, the kernel, dequantize."""
-        return self.dequantize(self(self.quantize(x)))
+        other = None if residual is None else self.quantize(residual, self.spec.residual)
+        return self.dequantize(self(self.quantize(x), residual=other))
 
-    def _channels_last(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        shape = self.spec.normalized_shape
-        if array.ndim < len(shape) or array.shape[array.ndim - len(shape) :] != shape:
-            raise InputError(f"an array of shape {array.shape} was given; the last dimensions must be {shape}")
-        return array.reshape(-1, self.spec.n)
+    def _by_channel(self, array: _Array, convert: Callable[[_Array], _Array]) -> _Array:
+        rows = to_rows(array, self._shape, self.spec.axes)
+        return np.ascontiguousarray(from_rows(convert(rows), array.shape, self.spec.axes))
 
     def _check_out(self, out: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
-        if not isinstance(out, np.ndarray) or out.dtype != self.spec.output.dtype.numpy:
+        if not isinstance(out, np.ndarray) or out.dtype != self._out_dtype:
             kind = out.dtype if isinstance(out, np.ndarray) else type(out).__name__
-            raise CodeTypeError(f"out is of type {kind}; it must be an array of {self.spec.output.dtype}")
+            raise CodeTypeError(f"out is of type {kind}; it must be an array of {self._out_dtype}")
         if out.shape != shape:
             raise InputError(f"out has the shape {out.shape}; the codes have {shape}")
         if not out.flags.writeable:
             raise InputError("out is read-only")
 
 
-def _kernel_in_place(rows: _Array, out: _Array, *arguments: Any) -> None:
-    """Run the kernel where `out` is `rows`: on copies of a few rows, as LLVM makes no vectors of aliased arrays."""
-    step = max(1, COPY_ELEMENTS // rows.shape[1])
-    for start in range(0, len(rows), step):
-        copied = rows[start : start + step].copy()
-        copied.setflags(write=False)
-        _kernel()(copied, out[start : start + step], *arguments)
+def _same_place(out: _Array, codes: _Array) -> bool:
+    """Whether each element of one array lies exactly where that of the other does."""
+    return out.ctypes.data == codes.ctypes.data and out.strides == codes.strides and out.itemsize == codes.itemsize
+
+
+def _ends(dtype: np.dtype[Any]) -> tuple[int, int]:
+    limits = np.iinfo(dtype)
+    return int(limits.min), int(limits.max)
+
+
+def _share(threads: int, parts: list[T], work: Callable[[T], None]) -> None:
+    """Do the work on each part, by several threads that take the next one when they are done."""
+    left = iter(parts)
+
+    def take() -> None:
+        for part in left:
+            work(part)
+
+    helpers = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
+    take()
+    for helper in helpers:
+        helper.result()
 
 
 @functools.cache
@@ -176,30 +269,48 @@ def _kernel() -> Callable[..., None]:
 
 def _kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
     """Return what `kernels.run` takes after the codes and the output, in the narrowest types that the proof allows."""
-    lane = np.int64 if spec.lane == 64 else np.int32
+    lane = np.int64 if spec.lane == 64 or spec.accumulator > 32 else np.int32
     # vpmuldq, the product of 32-bit factors, is one step where vpmullq is three; 16-bit factors gain nothing
     narrow = max(spec.row_stage.t_max(spec.s1), *map(abs, spec.G)) < 1 << 31
-    exponents = None if spec.input.exponents is None else np.array(spec.input.exponents, dtype=np.int32)
+    codes, added = spec.row_stage.codes, spec.adder is not None
+    exponents = None if added or spec.input.exponents is None else np.array(spec.input.exponents, dtype=np.int32)
     # without exponents the kernel sums bytes without a sign, and wider codes around their middle
     bits = 8 * spec.input.dtype.numpy.itemsize
-    largest = spec.row_stage.codes.largest if exponents is not None else 255 if bits == 8 else 1 << (bits - 1)
+    largest = codes.largest if added or exponents is not None or bits > 16 else 255 if bits == 8 else 1 << (bits - 1)
     square = largest * largest
     # 64 squares should fit between two carries; else they are summed in two parts, and as a last resort in 64 bits
     wide = square >= 1 << 31
     split = not wide and 64 * square >= 1 << 31
-    chunk = spec.n if wide else 1 << 15 if split else ((1 << 31) - 1) // square
+    chunk = spec.n if wide else 1 << 15 if split else ((1 << 31) - 1) // max(square, 1)
     constants = (
-        spec.input.zero_point, spec.m, spec.K + spec.h, spec.h, spec.E,
+        0 if added else spec.input.zero_point, spec.m, spec.K + spec.h, spec.h, spec.E,
         proof.reciprocal_bits(spec.n) if spec.lane == 64 else 63,
         spec.s1, spec.s2, min(chunk, spec.n), spec.kind is NormKind.LAYERNORM, split,
     )  # fmt: skip
+    ends = spec.output.lo, spec.output.hi
     return (
         exponents,
         np.array(spec.G, dtype=np.int32 if narrow else lane),
         np.array([offset + (1 << (spec.s2 - 1)) for offset in spec.B], dtype=lane),
         np.array(constants, dtype=np.int64),
         np.zeros(0, dtype=np.int64 if wide else np.int32),
+        np.array([spec.A, spec.l], dtype=np.int64) if spec.A else None,
+        None if ends == _ends(spec.output.dtype.numpy) else np.array(ends, dtype=np.int64),
     )
+
+
+def _adder_arguments(spec: LayerNormSpec) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return what `kernels.add` and `kernels.sum_codes` take after their arrays."""
+    assert spec.adder is not None
+    dtype = np.int32 if width(spec.operands, spec.lane) == NARROW_BITS else np.int64
+    M = [factors.astype(dtype) for factors in code_multipliers(spec.n, spec.operands, spec.adder)]
+    zero_points = np.array([params.zero_point for params in spec.operands] + [0], dtype=np.int64)
+    add = (M[0], M[-1], zero_points, spec.adder.shift)
+    params, shift = spec.sum_output, spec.adder.sum_shift
+    if params is None or shift is None:
+        return add, ()
+    shifts = np.array(params.channel_exponents(spec.n), dtype=np.int64) + shift
+    return add, (shifts, params.zero_point, params.lo, params.hi)
 
 
 @functools.cache

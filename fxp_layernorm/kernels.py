@@ -88,22 +88,30 @@ def floor_divide(a, b, inverse):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def reciprocal_root(V, n, m, x, cut):  # type: ignore[no-untyped-def]
-    """Return r and R of equation (4) for V > 0; `cut` is the largest shift of n before the division."""
+def reciprocal_root(V, n, m, x, cut, outer):  # type: ignore[no-untyped-def]
+    """Return r and R of equation (4) for V > 0.
+
+    `cut` is the largest shift of n before the division; `outer` holds A and l, or is None without eps outside the root.
+    """
     j = m - ((bit_length(V) + 1) >> 1)
     r = isqrt((V << 2 * max(j, 0)) >> 2 * max(-j, 0))
+    if outer is not None:  # the roots have 31 bits at most, and shifts beyond that leave nothing
+        k = min(j, outer[1])
+        r = (r >> min(j - k, 32)) + (outer[0] >> min(outer[1] - k, 32))
+        above = r >> m
+        r, j = r >> above, k - above
     x += j
     y = max(x - cut, 0)
     return r, floor_divide((n << (x - y)) + (r >> 1), r, 1.0 / np.float64(r)) << y
 
 
 @_inlined
-def row_scale(S, V0, n, m, x, h, E, cut, centred):  # type: ignore[no-untyped-def]
+def row_scale(S, V0, n, m, x, h, E, cut, centred, outer):  # type: ignore[no-untyped-def]
     """Return R and M = c*R + D, so that p = u*R - M (equations 3 to 6); wraps like the lane that holds p.
 
     Without branches, so that a loop over rows becomes vectors.
     """
-    _, R = reciprocal_root(max((V0 << 2 * h) + E, 1), n, m, x, cut)
+    _, R = reciprocal_root(max((V0 << 2 * h) + E, 1), n, m, x, cut, outer)
     R = R if V0 else np.int64(0)
     inverse = 0.5 / np.float64(n)
     c = floor_divide(2 * S + n, 2 * n, inverse)
@@ -156,16 +164,18 @@ def moments(q, i, zero_point, exponents, accumulator, chunk, split):  # type: ig
 
 
 @_inlined
-def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2):  # type: ignore[no-untyped-def]
+def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2, ends):  # type: ignore[no-untyped-def]
     """Compute output codes of row i (equations 6 to 9) in the type of B, that of the lane.
 
     M and B hold their rounding halves, and M the zero point too if there are no exponents. A type of G that is
-    narrower than the lane promises that t fits it as well, which halves the work of their product.
+    narrower than the lane promises that t fits it as well, which halves the work of their product. `ends` holds the
+    lowest and the highest code, or is None where they are those of the output's type: LLVM then takes the instruction
+    that saturates.
     """
     lane, factor = B.dtype.type, G.dtype.type
     R, M, zero, s1, s2 = lane(R), lane(M), lane(zero_point), lane(s1), lane(s2)
     limits = np.iinfo(out.dtype)
-    lo, hi = lane(limits.min), lane(limits.max)
+    lo, hi = (lane(limits.min), lane(limits.max)) if ends is None else (lane(ends[0]), lane(ends[1]))
     for k in range(np.uint64(start), np.uint64(stop)):
         u = lane(q[i, k])
         if exponents is not None:
@@ -176,7 +186,7 @@ def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2):
 
 
 @_jit()
-def run(q, out, exponents, G, B, constants, accumulator):  # type: ignore[no-untyped-def]
+def run(q, out, exponents, G, B, constants, accumulator, outer, ends):  # type: ignore[no-untyped-def]
     """Compute rows of codes, in blocks that stay in the cache between the two passes over them."""
     _widest_vectors()  # type: ignore[call-arg]
     rows, n = q.shape
@@ -193,9 +203,37 @@ def run(q, out, exponents, G, B, constants, accumulator):  # type: ignore[no-unt
             S[k], Q[k] = moments(q, start + k, zero_point, exponents, accumulator, chunk, split)
         for k in range(count):
             V0 = n * Q[k] - (S[k] * S[k] if centred else np.int64(0))
-            scale, offset = row_scale(S[k], V0, n, m, x, h, E, cut, centred)
+            scale, offset = row_scale(S[k], V0, n, m, x, h, E, cut, centred, outer)
             R[k], M[k] = scale, offset + folded * scale - (np.int64(1) << (s1 - 1))
         for left in range(0, n, TILE):
             right = min(left + TILE, n)
             for k in range(count):
-                elements(q, out, start + k, left, right, zero_point, exponents, G, B, R[k], M[k], s1, s2)
+                elements(q, out, start + k, left, right, zero_point, exponents, G, B, R[k], M[k], s1, s2, ends)
+
+
+@_jit()
+def add(q, residual, out, M, N, zero_points, shift):  # type: ignore[no-untyped-def]
+    """Compute the integers u of two operands, or of one where `residual` is None (equation 0), in the type of M."""
+    _widest_vectors()  # type: ignore[call-arg]
+    rows, n = q.shape
+    wide = M.dtype.type
+    first, second = wide(zero_points[0]), wide(zero_points[1])
+    half, shift = wide((np.int64(1) << shift) >> 1), wide(shift)
+    for i in range(rows):
+        for k in range(n):
+            total = np.add(np.multiply(np.subtract(wide(q[i, k]), first), M[k]), half)
+            if residual is not None:
+                total = np.add(total, np.multiply(np.subtract(wide(residual[i, k]), second), N[k]))
+            out[i, k] = np.int32(np.right_shift(total, shift))
+
+
+@_jit()
+def sum_codes(u, out, shifts, zero_point, lo, hi):  # type: ignore[no-untyped-def]
+    """Compute the codes of the sum; negative shifts go to the left."""
+    _widest_vectors()  # type: ignore[call-arg]
+    rows, n = u.shape
+    for i in range(rows):
+        for k in range(n):
+            right, left = max(shifts[k], 0), max(-shifts[k], 0)
+            rounded = ((np.int64(u[i, k]) << left) + ((np.int64(1) << right) >> 1)) >> right
+            out[i, k] = out.dtype.type(min(max(rounded + zero_point, lo), hi))

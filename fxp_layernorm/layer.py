@@ -9,13 +9,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .axes import from_rows, parse_axes, to_rows
 from .errors import InputError
 
 
 class _Norm:
-    """What both norms share: the normalized shape, eps, and a gain for each of its elements."""
+    """What both norms share: the normalized shape and axes, eps, and a gain for each element."""
 
-    def __init__(self, normalized_shape: int | Sequence[int], eps: float, elementwise_affine: bool) -> None:
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float,
+        elementwise_affine: bool,
+        eps_outside: bool,
+        axes: int | Sequence[int] | None,
+    ) -> None:
         dims = tuple(normalized_shape) if isinstance(normalized_shape, Iterable) else (normalized_shape,)
         if not dims or any(isinstance(d, bool) or not isinstance(d, int | np.integer) or d < 1 for d in dims):
             raise InputError(f"normalized_shape is {normalized_shape!r}; it must hold positive integers")
@@ -23,6 +31,8 @@ class _Norm:
             raise InputError(f"eps is {eps!r}; it must be a number, finite and not negative")
         self.normalized_shape: tuple[int, ...] = tuple(int(d) for d in dims)
         self.eps = float(eps)
+        self.eps_outside = bool(eps_outside)
+        self.axes = parse_axes(axes, self.normalized_shape)
         self.weight = np.ones(self.normalized_shape) if elementwise_affine else None
 
     def __repr__(self) -> str:
@@ -55,34 +65,29 @@ class _Norm:
         return array.reshape(-1)
 
     def rows(self, x: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
-        """Return `x` as a float array of shape (rows, n); raises InputError where the trailing shape differs."""
+        """Return `x` as a float array of shape (rows, n); raises InputError where the normalized shape differs."""
         values = np.asarray(x)
         if values.dtype.kind not in "fiub":
             raise InputError(f"real values are expected, not an array of type {values.dtype}")
-        trailing = values.shape[values.ndim - len(self.normalized_shape) :] if values.ndim else ()
-        if trailing != self.normalized_shape:
-            raise InputError(
-                f"the input has the shape {values.shape}; its last dimensions must be {self.normalized_shape}"
-            )
-        if values.dtype.kind != "f":
-            values = values.astype(np.float64)
-        return values.reshape(-1, self.n)
+        rows = to_rows(values, self.normalized_shape, self.axes)
+        return rows if values.dtype.kind == "f" else rows.astype(np.float64)
 
-    def _normalize(self, x: npt.ArrayLike, *, centred: bool, eps: float) -> npt.NDArray[np.floating[Any]]:
+    def _normalize(self, x: npt.ArrayLike, *, centred: bool) -> npt.NDArray[np.floating[Any]]:
         rows = self.rows(x)
         wide = rows.astype(np.float64)
         if centred:
             wide = wide - wide.mean(axis=1, keepdims=True)
+        power = np.square(wide).mean(axis=1, keepdims=True)
         with np.errstate(invalid="ignore", divide="ignore"):  # rows of no variance, without eps, are NaN as in torch
-            wide = wide / np.sqrt(np.square(wide).mean(axis=1, keepdims=True) + eps)
-        result: npt.NDArray[np.floating[Any]] = (wide * self.gamma + self.beta).reshape(np.shape(x)).astype(rows.dtype)
-        return result
+            wide = wide / (np.sqrt(power) + self.eps if self.eps_outside else np.sqrt(power + self.eps))
+        result = (wide * self.gamma + self.beta).astype(rows.dtype)
+        return from_rows(result, np.shape(x), self.axes)
 
 
 class LayerNorm(_Norm):
     """Layer normalization, ``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimensions.
 
-    The signature and the meaning are those of ``torch.nn.LayerNorm``.
+    The signature and the meaning are those of ``torch.nn.LayerNorm``; what that lacks is given by name.
 
     Parameters
     ----------
@@ -94,11 +99,17 @@ class LayerNorm(_Norm):
         Whether the layer has a weight, ones at first, of shape `normalized_shape`.
     bias : bool
         Whether the layer has a bias too, zeros at first; without `elementwise_affine` it has none.
+    eps_outside : bool
+        Whether eps is added to the deviation instead, in real units: ``(x - mean) / (sqrt(var) + eps)``. (A layer
+        that takes the unbiased deviation, as torch.std does, is this one with weight and eps times sqrt((n - 1) / n).)
+    axes : int or sequence of int, optional
+        The normalized dimensions, counted from the end and ascending, where they are not the last: -3 for the channels
+        of (batch, channels, height, width).
 
     Raises
     ------
     InputError
-        For a shape without elements, or an eps that is negative, NaN or infinite.
+        For a shape without elements, an eps that is negative, NaN or infinite, or axes that don't go with the shape.
     """
 
     def __init__(
@@ -107,8 +118,11 @@ class LayerNorm(_Norm):
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
+        *,
+        eps_outside: bool = False,
+        axes: int | Sequence[int] | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine)
+        super().__init__(normalized_shape, eps, elementwise_affine, eps_outside, axes)
         self.bias = np.zeros(self.normalized_shape) if elementwise_affine and bias else None
 
     @classmethod
@@ -126,9 +140,9 @@ class LayerNorm(_Norm):
         Raises
         ------
         InputError
-            If the last dimensions of `x` are not `normalized_shape`.
+            If `x` has another size in the normalized dimensions.
         """
-        return self._normalize(x, centred=True, eps=self.eps)
+        return self._normalize(x, centred=True)
 
 
 class RMSNorm(_Norm):
@@ -142,12 +156,21 @@ class RMSNorm(_Norm):
         Added to the mean square; None means the machine epsilon of float32, as torch has it for float32 inputs.
     elementwise_affine : bool
         Whether the layer has a weight, ones at first.
+    eps_outside, axes
+        As in `LayerNorm`.
     """
 
     def __init__(
-        self, normalized_shape: int | Sequence[int], eps: float | None = None, elementwise_affine: bool = True
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        eps_outside: bool = False,
+        axes: int | Sequence[int] | None = None,
     ) -> None:
-        super().__init__(normalized_shape, float(np.finfo(np.float32).eps) if eps is None else eps, elementwise_affine)
+        eps = float(np.finfo(np.float32).eps) if eps is None else eps
+        super().__init__(normalized_shape, eps, elementwise_affine, eps_outside, axes)
 
     @classmethod
     def from_torch(cls, module: Any) -> RMSNorm:
@@ -162,7 +185,7 @@ class RMSNorm(_Norm):
 
     def __call__(self, x: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
         """Return the normalized input, of its shape and float type, computed in float64."""
-        return self._normalize(x, centred=False, eps=self.eps)
+        return self._normalize(x, centred=False)
 
 
 def _check_module(cls: type, module: Any, *attributes: str) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
 from . import proof
+from .adder import code_ends, is_needed, plan_adder
 from .errors import InputError, PlanError
+from .hardware import Hardware
 from .layer import LayerNorm, RMSNorm
 from .proof import CodeBounds, NormKind, RowStage
-from .quantization import DType, QuantParams
+from .quantization import QuantParams
 from .spec import LayerNormSpec
 
-#: By default the planner takes the narrowest lane whose proved excess, in LSB, is at most this.
-#: Typical errors are a tenth of it: fewer than 0.6 % of 8-bit codes and 0.05 % of 16-bit codes differ from the ideal.
-MAX_EXCESS = {DType.INT8: 1 / 8, DType.UINT8: 1 / 8, DType.INT16: 1 / 256, DType.UINT16: 1 / 256}
+#: By default the planner takes the narrowest lane whose proved excess, in LSB, is at most this, for outputs of up to 8
+#: bits and of more. Typical errors are a tenth of it: fewer than 0.6 % of 8-bit codes and 0.05 % of 16-bit codes differ
+#: from the ideal.
+MAX_EXCESS = {8: 1 / 8, 16: 1 / 256}
 
 
 def plan(
@@ -24,6 +28,9 @@ def plan(
     input: QuantParams,
     output: QuantParams,
     *,
+    residual: QuantParams | None = None,
+    sum_output: QuantParams | None = None,
+    hardware: Hardware | str | None = None,
     lane: int | None = None,
     max_excess: float | None = None,
 ) -> LayerNormSpec:
@@ -33,30 +40,51 @@ def plan(
     ----------
     layer : LayerNorm or RMSNorm
     input, output : QuantParams
-        With channel exponents, or without.
+        With channel exponents, one scale a channel, or neither. The input may be an accumulator of up to 32 bits.
+    residual : QuantParams, optional
+        Of a second operand that is added to the input before the norm.
+    sum_output : QuantParams, optional
+        Of that sum as a second output, for the next residual.
+    hardware : Hardware or str, optional
+        Limits on the multiplier, the accumulator and the root, or the name of a preset (`hardware.PRESETS`).
     lane : {24, 32, 64}, optional
         Bits of the element stage. By default the narrowest lane whose bound is at most `max_excess`, else the lane
         with the smallest bound.
     max_excess : float, optional
-        In LSB of the output; by default ``MAX_EXCESS`` of its type.
+        In LSB of the output; by default `MAX_EXCESS` by its bits.
 
     Raises
     ------
     PlanError
         If the layer doesn't fit; the message holds the figure that breaks it.
     InputError
-        If gamma or beta is not finite or has another shape, or the exponents don't fit the layer.
+        If gamma or beta is not finite or has another shape, or the parameters don't fit the layer.
     """
+    limits = Hardware.parse(hardware)
+    sides = {"input": input, "output": output, "residual": residual, "sum_output": sum_output}
+    for name, params in sides.items():
+        if params is None and name in ("residual", "sum_output"):
+            continue
+        if not isinstance(params, QuantParams):
+            raise InputError(f"{name} is {params!r}; it must be a QuantParams")
+        if params.channels not in (None, layer.n):
+            kind = "scales" if params.channel_scales else "channel exponents"
+            raise InputError(f"{name} has {params.channels} {kind}; the layer normalizes {layer.n}")
+        if params.dtype.bits > 16 and name in ("output", "sum_output"):
+            raise InputError(f"{name} is {params.dtype}; outputs have at most 16 bits")
+    if not (math.isfinite(layer.eps) and layer.eps >= 0):
+        raise InputError(f"eps is {layer.eps!r}; it must be finite and not negative")
+    problem = _Problem(layer, input, output, residual, sum_output, limits)
     if lane is not None:
         if not isinstance(lane, int | np.integer) or lane not in proof.ROOT_BITS:
             raise InputError(f"the lane is {lane!r}; it must be one of {', '.join(map(str, proof.ROOT_BITS))}")
-        return _plan_lane(layer, input, output, int(lane))
-    limit = max_excess if max_excess is not None else MAX_EXCESS[getattr(output, "dtype", DType.INT8)]
+        return problem.plan(int(lane))
+    limit = max_excess if max_excess is not None else MAX_EXCESS[8 if output.dtype.bits <= 8 else 16]
     planned: list[LayerNormSpec] = []
     refusals: list[PlanError] = []
-    for candidate in proof.ROOT_BITS:
+    for candidate in limits.lanes:
         try:
-            spec = _plan_lane(layer, input, output, candidate)
+            spec = problem.plan(candidate)
         except PlanError as error:
             refusals.append(error)
             continue
@@ -68,47 +96,61 @@ def plan(
     return min(planned, key=lambda spec: spec.excess)
 
 
-def _plan_lane(layer: LayerNorm | RMSNorm, input: QuantParams, output: QuantParams, lane: int) -> LayerNormSpec:
-    kind = NormKind.RMSNORM if isinstance(layer, RMSNorm) else NormKind.LAYERNORM
-    gamma, beta = tuple(layer.gamma.tolist()), tuple(layer.beta.tolist())
-    if not (math.isfinite(layer.eps) and layer.eps >= 0):
-        raise InputError(f"eps is {layer.eps!r}; it must be finite and not negative")
-    for name, params in (("input", input), ("output", output)):
-        if not isinstance(params, QuantParams):
-            raise InputError(f"{name} is {params!r}; it must be a QuantParams")
-        if params.exponents is not None and len(params.exponents) != layer.n:
-            raise InputError(f"{name} has {len(params.exponents)} channel exponents; the layer normalizes {layer.n}")
-    codes = CodeBounds.of(kind, layer.n, input)
-    e = proof.epsilon_in_codes(layer.n, layer.eps, input.scale)
-    h, E = _epsilon(codes, e)
-    gain, offset = proof.output_gain(gamma, output), proof.output_offset(beta, output)
-    gain_float, offset_float = gain.to_float(), offset.to_float()
+@dataclass(frozen=True)
+class _Problem:
+    """What is planned for: everything but the lane."""
 
-    best: tuple[float, int, int, int] | None = None
-    for F in range(1, lane):
-        K = _norm_bits(codes, lane, F)
-        if K is None:
-            continue
-        t_max = RowStage(codes, lane, proof.ROOT_BITS[lane], K).t_max(K - F)
-        s2 = _output_shift(t_max, F, gain_float, offset_float, output, lane)
-        if s2 < 1:
-            continue
-        # What t and G lose at a typical normalized value, 1, in LSB. The F with the smallest bound instead would be one
-        # less in most layers, where up to twice as many codes differ from the ideal.
-        lost = float(np.mean(np.hypot(gain_float * 2.0**-F, 2.0 ** (F - s2))))
-        if best is None or lost < best[0]:
-            best = lost, F, K, s2
-    if best is None:
-        raise PlanError(
-            f"no shift brings gains of up to {np.abs(gain_float).max():.4g} and offsets of up to "
-            f"{np.abs(offset_float).max():.4g} output LSB, for n = {layer.n}, into a lane of {lane} bits"
-        )
-    _, F, K, s2 = best
-    return LayerNormSpec(
-        kind=kind, normalized_shape=layer.normalized_shape, eps=layer.eps, gamma=gamma, beta=beta,
-        input=input, output=output, lane=lane, m=proof.ROOT_BITS[lane], K=K, h=h, E=E, s1=K - F, s2=s2,
-        G=gain.to_fixed(s2 - F), B=offset.to_fixed(s2),
-    )  # fmt: skip
+    layer: LayerNorm | RMSNorm
+    input: QuantParams
+    output: QuantParams
+    residual: QuantParams | None
+    sum_output: QuantParams | None
+    hardware: Hardware
+
+    def plan(self, lane: int) -> LayerNormSpec:
+        """Return the spec with the least expected error in a lane."""
+        layer, output, hardware = self.layer, self.output, self.hardware
+        n = layer.n
+        kind = NormKind.RMSNORM if isinstance(layer, RMSNorm) else NormKind.LAYERNORM
+        gamma, beta = tuple(layer.gamma.tolist()), tuple(layer.beta.tolist())
+        m = hardware.root or proof.ROOT_BITS[lane]
+        accumulator = min(hardware.accumulator or proof.ACCUMULATOR_BITS[lane], 63)
+        operands = (self.input,) if self.residual is None else (self.input, self.residual)
+        needed = is_needed(self.input, self.residual, self.sum_output)
+        adder = plan_adder(n, operands, self.sum_output, lane) if needed else None
+        codes = CodeBounds.of(kind, *code_ends(n, operands, adder))
+        scale = adder.scale if adder is not None else self.input.scale
+        h, E, A, l = _epsilon(layer, codes, scale, m, hardware.radicand)
+        gain, offset = proof.output_gain(gamma, output), proof.output_offset(beta, output)
+        gain_float, offset_float = gain.to_float(), offset.to_float()
+
+        best: tuple[float, int, int, int] | None = None
+        for F in range(1, lane):
+            K = _norm_bits(codes, lane, m, F, layer.eps_outside)
+            if K is None:
+                continue
+            t_max = RowStage(codes, lane, m, K, layer.eps_outside).t_max(K - F)
+            s2 = _output_shift(t_max, F, gain_float, offset_float, output, hardware.multiplier, accumulator)
+            if s2 < 1:
+                continue
+            # What t and G lose at a typical normalized value, 1, in LSB. The F with the smallest bound instead would be
+            # one less in most layers, where up to twice as many codes differ from the ideal.
+            lost = float(np.mean(np.hypot(gain_float * 2.0**-F, 2.0 ** (F - s2))))
+            if best is None or lost < best[0]:
+                best = lost, F, K, s2
+        if best is None:
+            raise PlanError(
+                f"no shift brings gains of up to {np.abs(gain_float).max():.4g} and offsets of up to "
+                f"{np.abs(offset_float).max():.4g} output LSB, for n = {n}, into a lane of {lane} bits with factors of "
+                f"{hardware.multiplier[0]} and {hardware.multiplier[1]} bits and an accumulator of {accumulator} bits"
+            )
+        _, F, K, s2 = best
+        return LayerNormSpec(
+            kind=kind, normalized_shape=layer.normalized_shape, axes=layer.axes, eps=layer.eps,
+            eps_outside=layer.eps_outside, gamma=gamma, beta=beta, input=self.input, output=output,
+            residual=self.residual, sum_output=self.sum_output, adder=adder, lane=lane, accumulator=accumulator,
+            m=m, K=K, h=h, E=E, A=A, l=l, s1=K - F, s2=s2, G=gain.to_fixed(s2 - F), B=offset.to_fixed(s2),
+        )  # fmt: skip
 
 
 def _round(value: Fraction) -> int:
@@ -116,39 +158,63 @@ def _round(value: Fraction) -> int:
     return (2 * value.numerator + value.denominator) // (2 * value.denominator)
 
 
-def _epsilon(codes: CodeBounds, e: Fraction) -> tuple[int, int]:
-    """Return the largest h, and E, with V below its limit (equation 3)."""
+def _epsilon(
+    layer: LayerNorm | RMSNorm, codes: CodeBounds, scale: float, m: int, radicand: int
+) -> tuple[int, int, int, int]:
+    """Return the largest h, and E, with V below its limit (equation 3); or A and l, with eps outside the root."""
+    if layer.eps_outside:
+        if codes.v0_max >= 1 << radicand:
+            raise PlanError(f"V is up to {proof.power_of_two(codes.v0_max)} by the codes alone, beyond {radicand} bits")
+        return 0, 0, *_outer_epsilon(codes.n * Fraction(layer.eps) / Fraction(scale), m)
+    e = proof.epsilon_in_codes(codes.n, layer.eps, scale)
     for h in range(30, -1, -1):
         E = _round(e * 4**h)
-        if (codes.v0_max << 2 * h) + E < 1 << proof.V_BITS:
-            return h, E
+        if (codes.v0_max << 2 * h) + E < 1 << radicand:
+            return h, E, 0, 0
     raise PlanError(
-        f"V is up to {proof.power_of_two(codes.v0_max + e)}, beyond {proof.V_BITS} bits: "
+        f"V is up to {proof.power_of_two(codes.v0_max + e)}, beyond {radicand} bits: "
         f"{proof.power_of_two(codes.v0_max)} by the codes and {proof.power_of_two(e)} by eps; "
         f"use a larger input scale, fewer input bits or smaller exponents"
     )
 
 
-def _norm_bits(codes: CodeBounds, lane: int, F: int) -> int | None:
+def _outer_epsilon(e: Fraction, m: int) -> tuple[int, int]:
+    """Return A of m bits and l with A = e * 2**l, rounded; zeros where e is 0."""
+    if e == 0:
+        return 0, 0
+    l = m - (e.numerator.bit_length() - e.denominator.bit_length())
+    A = _round(e * (Fraction(2) ** l))
+    while A.bit_length() > m:  # by one too large at first, or rounded up to a power of two
+        l -= 1
+        A = _round(e * (Fraction(2) ** l))
+    return A, l
+
+
+def _norm_bits(codes: CodeBounds, lane: int, m: int, F: int, eps_outside: bool) -> int | None:
     """Return the largest K that the lane holds with F fraction bits in t, or None."""
     for K in range(lane - 2, F, -1):
         try:
-            RowStage(codes, lane, proof.ROOT_BITS[lane], K).check(K - F)
+            RowStage(codes, lane, m, K, eps_outside).check(K - F)
         except PlanError:
             continue
         return K
     return None
 
 
-def _output_shift(t_max: int, F: int, gain: proof.Floats, offset: proof.Floats, output: QuantParams, lane: int) -> int:
+def _output_shift(
+    t_max: int, F: int, gain: proof.Floats, offset: proof.Floats, output: QuantParams, multiplier: tuple[int, int],
+    accumulator: int,
+) -> int:  # fmt: skip
     """Return the largest s2 with which (8) and (9) keep their width, less than 1 where there is none."""
     with np.errstate(over="ignore"):
         largest = float(np.max(t_max * 2.0**-F * np.abs(gain) + np.abs(offset))) + 0.5
-    if not (largest < 2.0**31 and t_max < 2**31):
+    # t takes the narrower factor that holds it, and G the other one
+    fitting = [other for factor, other in (sorted(multiplier), sorted(multiplier)[::-1]) if t_max < 1 << (factor - 1)]
+    if not (largest < 2.0**31 and fitting):
         return 0
     # G and B may each be half a unit above their real values
-    codes = output.dtype.hi - output.dtype.lo + 1.0
-    room = (proof.output_limit(lane) - t_max / 2 - 1) / (max(largest, codes) * proof.UP)
-    # t and G are factors of 32 bits in lane 64 too: their product is then one instruction on most machines
-    room = min(room, (2.0**31 - 1) * 2.0**F / max(float(np.max(np.abs(gain))) * proof.UP, 2.0**-62))
+    codes = output.hi - output.lo + 1.0
+    room = (2.0 ** (accumulator - 1) - t_max / 2 - 1) / (max(largest, codes) * proof.UP)
+    # factors have 32 bits at most in lane 64 too: their product is then one instruction on most machines
+    room = min(room, (2.0 ** (fitting[0] - 1) - 1) * 2.0**F / max(float(np.max(np.abs(gain))) * proof.UP, 2.0**-62))
     return math.frexp(room)[1] - 1 if room > 0 else 0

@@ -7,7 +7,7 @@ The figures are float64, rounded up by `UP`, which is far more than the rounding
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
@@ -27,10 +27,12 @@ Floats = npt.NDArray[np.float64]
 
 #: V stays below this many bits, so that every shift of it stays within 64 (equation 3).
 V_BITS = 62
-#: Bits of the integer square root for each lane (equation 4).
+#: Bits of the integer square root for each lane (equation 4), where the hardware has no wish of its own.
 ROOT_BITS = {24: 18, 32: 24, 64: 31}
-#: Bits, sign included, of the second product and its sum for each lane (equations 8 and 9).
-OUTPUT_BITS = {24: 32, 32: 32, 64: 63}
+#: Bits, sign included, of the second product and its sum for each lane (equations 8 and 9), likewise.
+ACCUMULATOR_BITS = {24: 32, 32: 32, 64: 63}
+#: The relative error of a root with eps outside it, in units of that of the plain root (equation 4).
+OUTSIDE_ERROR = 2.5
 
 
 class NormKind(StrEnum):
@@ -77,7 +79,7 @@ def _rebuild_excess(total: float, terms: dict[str, float], channel: int) -> Exce
 
 @dataclass(frozen=True)
 class CodeBounds:
-    """What is known of the integers u of a row from the input's parameters alone (equation 0).
+    """What is known of the integers u of a row from the parameters of the inputs alone (equation 0).
 
     Attributes
     ----------
@@ -102,11 +104,9 @@ class CodeBounds:
     x_max: float
 
     @classmethod
-    def of(cls, kind: NormKind, n: int, params: QuantParams) -> CodeBounds:
-        """Return the bounds for rows of `n` codes with these parameters."""
-        exponents = np.asarray(params.channel_exponents(n), dtype=np.int64)
-        low = np.left_shift(np.int64(params.dtype.lo - params.zero_point), exponents)
-        high = np.left_shift(np.int64(params.dtype.hi - params.zero_point), exponents)
+    def of(cls, kind: NormKind, low: npt.NDArray[np.int64], high: npt.NDArray[np.int64]) -> CodeBounds:
+        """Return the bounds for the ends of each channel's u, with ``low <= 0 <= high``."""
+        n = len(low)
         magnitude = np.maximum(np.abs(low), np.abs(high))
         largest = int(magnitude.max())
         values, counts = np.unique(magnitude, return_counts=True)
@@ -130,12 +130,22 @@ class RowStage:
     lane: int
     m: int
     K: int
+    eps_outside: bool
+
+    @property
+    def root_error(self) -> float:
+        """The largest relative error of r."""
+        return 2.0 ** (1 - self.m) * (OUTSIDE_ERROR if self.eps_outside else 1.0)
+
+    @property
+    def cut_error(self) -> float:
+        """The largest relative error of R from cutting x in lane 64."""
+        return 2.0 ** (self.m - reciprocal_bits(self.codes.n) - 1) / self.codes.n if self.lane == 64 else 0.0
 
     @property
     def _relative(self) -> float:
-        """1 + the largest relative error of R beyond its last unit: that of r, and of a cut x in lane 64."""
-        cut = 2.0 ** (self.m - reciprocal_bits(self.codes.n) - 1) / self.codes.n if self.lane == 64 else 0.0
-        return (1.0 + 2.0 ** (1 - self.m)) * (1.0 + cut) * UP
+        """1 + the largest relative error of R beyond its last unit."""
+        return (1.0 + self.root_error) * (1.0 + self.cut_error) * UP
 
     @property
     def r_max(self) -> float:
@@ -163,11 +173,6 @@ def reciprocal_bits(n: int) -> int:
     return 62 - n.bit_length()
 
 
-def output_limit(lane: int) -> int:
-    """Magnitudes in (8) and (9) stay below this limit."""
-    return 1 << (OUTPUT_BITS[lane] - 1)
-
-
 def epsilon_in_codes(n: int, eps: float, scale: float) -> Fraction:
     """Return e = n**2 * eps / s**2, what eps is in units of V0."""
     return n * n * Fraction(eps) / Fraction(scale) ** 2
@@ -175,22 +180,26 @@ def epsilon_in_codes(n: int, eps: float, scale: float) -> Fraction:
 
 @dataclass(frozen=True)
 class Rationals:
-    """Exact real values, one a channel: Python integers over one denominator."""
+    """Exact real values, one a channel: Python integers over one denominator, or each over its own."""
 
     numerators: npt.NDArray[np.object_]
-    denominator: int
+    denominator: int | npt.NDArray[np.object_]
 
     @classmethod
     def in_lsb(cls, values: tuple[float, ...], params: QuantParams) -> Rationals:
         """Return ``values[c] / (scale * 2**exponents[c])``."""
+        if params.channel_scales is not None:
+            exact = [
+                Fraction(value) / Fraction(scale) for value, scale in zip(values, params.channel_scales, strict=True)
+            ]
+            return cls(_objects(ratio.numerator for ratio in exact), _objects(ratio.denominator for ratio in exact))
         scale, exponents = Fraction(params.scale), params.channel_exponents(len(values))
         ratios = [value.as_integer_ratio() for value in values]
         highest, common = max(exponents), max(bottom for _, bottom in ratios)
-        numerators = np.empty(len(values), dtype=object)
-        numerators[:] = [
+        numerators = _objects(
             (top * (common // bottom) * scale.denominator) << (highest - exponent)
             for (top, bottom), exponent in zip(ratios, exponents, strict=True)
-        ]
+        )
         return cls(numerators, (common * scale.numerator) << highest)
 
     def plus(self, integer: int) -> Rationals:
@@ -209,13 +218,19 @@ class Rationals:
     def distance(self, fixed: tuple[int, ...], bits: int) -> Floats:
         """Return ``|fixed * 2**-bits - value|``, of an exact difference."""
         up, down = 1 << max(bits, 0), self.denominator << max(-bits, 0)
-        integers = np.empty(len(fixed), dtype=object)
-        integers[:] = fixed
-        difference = abs(integers * down - self.numerators * up)
+        difference = abs(_objects(fixed) * down - self.numerators * up)
         return _quotient(difference, up * self.denominator)
 
 
-def _quotient(numerators: npt.NDArray[np.object_], denominator: int) -> Floats:
+def _objects(integers: Iterable[int]) -> npt.NDArray[np.object_]:
+    """Return an array of Python integers."""
+    listed = list(integers)
+    array = np.empty(len(listed), dtype=object)
+    array[:] = listed
+    return array
+
+
+def _quotient(numerators: npt.NDArray[np.object_], denominator: int | npt.NDArray[np.object_]) -> Floats:
     """Divide Python integers, which rounds correctly."""
     try:
         return np.asarray(numerators / denominator, dtype=np.float64)
@@ -245,12 +260,12 @@ def stage_terms(
         # the clamp ends the error's growth where the computed output grows with the ideal one: where G has gamma's sign
         grows = (g > 0) & (np.asarray(gain_error) <= g)
         x = np.where(grows, np.minimum(codes.x_max, reach / g), codes.x_max) * UP
-    em = 2.0 ** (1 - row.m)
+    em = row.root_error
     v = codes.v0_min + float(Fraction(E, 4**h))
     e_error = float(abs(Fraction(E, 4**h) - e)) / (v + math.sqrt(v) * math.sqrt(codes.v0_min + float(e))) * UP
     r_error = codes.deviation * 2.0 ** (-row.K - 1)
     if row.lane == 64:  # the rows that have y > 0 have small deviations, in proportion
-        r_error = np.maximum(r_error, x * (1 + e_error) * 2.0 ** (row.m - reciprocal_bits(codes.n) - 1) / codes.n)
+        r_error = np.maximum(r_error, x * (1 + e_error) * (1 + em) * row.cut_error)
     d_error, t_error = 2.0 ** (-row.K - 1), 2.0 ** (-F - 1)
     reached = x * (1 + e_error) * (1 + em) + r_error + d_error + t_error
     return {
@@ -268,8 +283,8 @@ def excess(spec: LayerNormSpec) -> Excess:
     """Return the proved bound of a spec, from its own integers."""
     gain, offset = output_gain(spec.gamma, spec.output), output_offset(spec.beta, spec.output)
     terms = stage_terms(
-        spec.row_stage, h=spec.h, E=spec.E, e=epsilon_in_codes(spec.n, spec.eps, spec.input.scale), F=spec.F,
-        gain=gain.to_float(), offset=offset.to_float(), lo=spec.output.dtype.lo, hi=spec.output.dtype.hi,
+        spec.row_stage, h=spec.h, E=spec.E, e=spec.epsilon_in_codes, F=spec.F,
+        gain=gain.to_float(), offset=offset.to_float(), lo=spec.output.lo, hi=spec.output.hi,
         gain_error=gain.distance(spec.G, spec.s2 - spec.F), offset_error=offset.distance(spec.B, spec.s2),
     )  # fmt: skip
     return Excess(terms)
@@ -286,21 +301,41 @@ def check_widths(spec: LayerNormSpec) -> None:
     """Raise PlanError, with the figure, if a value of the spec could leave its width."""
     row = spec.row_stage
     v_max = (row.codes.v0_max << 2 * spec.h) + spec.E
-    widest_v = max(Fraction(v_max), epsilon_in_codes(spec.n, spec.eps, spec.input.scale))
+    widest_v = max(Fraction(v_max), spec.epsilon_in_codes)
     if widest_v >= 1 << V_BITS:
         raise PlanError(
             f"V is up to {power_of_two(widest_v)}, beyond {V_BITS} bits; use fewer input bits or a larger scale"
         )
-    if spec.K + spec.h + spec.m - ((v_max.bit_length() + 1) >> 1) < 0:
+    j_min = spec.m - ((v_max.bit_length() + 1) >> 1)
+    if spec.A:
+        j_min = min(j_min, spec.l) - 1
+    if spec.K + spec.h + j_min < 0:
         raise PlanError(f"the reciprocal has no bits left with K = {spec.K} and V up to {power_of_two(v_max)}")
     row.check(spec.s1)
     t_max, half = row.t_max(spec.s1), 1 << (spec.s2 - 1)
     widest = max(t_max * abs(G) + abs(B) for G, B in zip(spec.G, spec.B, strict=True)) + half
-    widest = max(widest, (spec.output.dtype.hi - spec.output.dtype.lo + 1) << spec.s2)
-    if widest >= output_limit(spec.lane):
-        bits = OUTPUT_BITS[spec.lane]
-        raise PlanError(f"outputs are up to {power_of_two(widest)} before their shift, beyond {bits} bits")
+    widest = max(widest, (spec.output.hi - spec.output.lo + 1) << spec.s2)
+    if widest >= 1 << (spec.accumulator - 1):
+        raise PlanError(f"outputs are up to {power_of_two(widest)} before their shift, beyond {spec.accumulator} bits")
     if widest >> spec.s2 >= 1 << 31:
         raise PlanError(
             f"outputs are up to {power_of_two(widest >> spec.s2)} LSB before they are clamped, beyond 32 bits"
         )
+
+
+def sum_excess(spec: LayerNormSpec, deviation: float) -> float:
+    """Return what the rounding of the input stage adds to the bound, in LSB, for a row of a given deviation.
+
+    With u off the real sums by eta at most, the normalized values are off by eta * (2 + |x|) / deviation (RMSNorm:
+    1 + |x|) at most, where x is the normalized value of the real sums.
+
+    Parameters
+    ----------
+    spec : LayerNormSpec
+    deviation : float
+        What the row of u is divided by, in units of u: sqrt(var + eps / scale**2), sqrt(var) + eps / scale if eps is
+        outside the root; of the mean square instead of the variance in RMSNorm.
+    """
+    gain = np.abs(output_gain(spec.gamma, spec.output).to_float())
+    shift = 2.0 if spec.kind is NormKind.LAYERNORM else 1.0
+    return float(gain.max()) * spec.input_error * (shift + spec.row_stage.codes.x_max) / deviation * UP

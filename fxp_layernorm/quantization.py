@@ -22,12 +22,58 @@ LARGEST_EXPONENT = 15
 
 
 class DType(StrEnum):
-    """Integer type of the codes."""
+    """Integer type of the codes: its sign and its bits.
 
+    Codes of 2 to 16 bits are held in the smallest NumPy type that has room, those of 17 to 32 bits, which only inputs
+    may have, in int32.
+    """
+
+    INT2 = "int2"
+    INT3 = "int3"
+    INT4 = "int4"
+    INT5 = "int5"
+    INT6 = "int6"
+    INT7 = "int7"
     INT8 = "int8"
-    UINT8 = "uint8"
+    INT9 = "int9"
+    INT10 = "int10"
+    INT11 = "int11"
+    INT12 = "int12"
+    INT13 = "int13"
+    INT14 = "int14"
+    INT15 = "int15"
     INT16 = "int16"
+    UINT2 = "uint2"
+    UINT3 = "uint3"
+    UINT4 = "uint4"
+    UINT5 = "uint5"
+    UINT6 = "uint6"
+    UINT7 = "uint7"
+    UINT8 = "uint8"
+    UINT9 = "uint9"
+    UINT10 = "uint10"
+    UINT11 = "uint11"
+    UINT12 = "uint12"
+    UINT13 = "uint13"
+    UINT14 = "uint14"
+    UINT15 = "uint15"
     UINT16 = "uint16"
+    INT17 = "int17"
+    INT18 = "int18"
+    INT19 = "int19"
+    INT20 = "int20"
+    INT21 = "int21"
+    INT22 = "int22"
+    INT23 = "int23"
+    INT24 = "int24"
+    INT25 = "int25"
+    INT26 = "int26"
+    INT27 = "int27"
+    INT28 = "int28"
+    INT29 = "int29"
+    INT30 = "int30"
+    INT31 = "int31"
+    INT32 = "int32"
 
     @classmethod
     def parse(cls, value: object) -> DType:
@@ -36,22 +82,35 @@ class DType(StrEnum):
         try:
             return cls(name)
         except ValueError:
-            raise InputError(f"codes can't have the type {name!r}; use one of {', '.join(cls)}") from None
+            raise InputError(
+                f"codes can't have the type {name!r}; use int8, uint8, int16, uint16, another width from int2 or uint2 "
+                "on, or int17 to int32 for accumulators"
+            ) from None
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes can be negative."""
+        return not self.value.startswith("u")
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code, its sign included."""
+        return int(self.value.lstrip("uint"))
 
     @property
     def numpy(self) -> np.dtype[Any]:
-        """The NumPy dtype of this type."""
-        return np.dtype(self.value)
+        """The NumPy dtype that holds the codes."""
+        return np.dtype(f"{'int' if self.signed else 'uint'}{8 if self.bits <= 8 else 16 if self.bits <= 16 else 32}")
 
     @property
     def lo(self) -> int:
         """The lowest code."""
-        return int(np.iinfo(self.value).min)
+        return -(1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def hi(self) -> int:
         """The highest code."""
-        return int(np.iinfo(self.value).max)
+        return (1 << (self.bits - self.signed)) - 1
 
 
 @dataclass(frozen=True, init=False)
@@ -69,11 +128,15 @@ class QuantParams:
     exponents : sequence of int, optional
         One exponent in [0, 15] a channel, where the channels are the elements of a normalized row, in C order.
         None means that all are 0, which is one scale for the tensor.
+    channel_scales : sequence of float, optional
+        Instead of the exponents, the step of each channel. `scale` is then the largest of them.
+    narrow_range : bool
+        Whether the type's lowest code is left out, as symmetric quantization has it: -127 to 127.
 
     Raises
     ------
     InputError
-        For a scale, zero point or exponent outside its range.
+        For a scale, zero point or exponent outside its range, or scales that don't go together.
     """
 
     __pydantic_config__ = STRICT
@@ -82,6 +145,8 @@ class QuantParams:
     scale: float
     zero_point: int
     exponents: tuple[int, ...] | None
+    channel_scales: tuple[float, ...] | None
+    narrow_range: bool
 
     def __init__(
         self,
@@ -89,45 +154,82 @@ class QuantParams:
         scale: float,
         zero_point: int = 0,
         exponents: Sequence[int] | npt.NDArray[np.integer[Any]] | None = None,
+        channel_scales: Sequence[float] | npt.NDArray[np.floating[Any]] | None = None,
+        narrow_range: bool = False,
     ) -> None:
         set_field = object.__setattr__
         set_field(self, "dtype", dtype)
         set_field(self, "scale", scale)
         set_field(self, "zero_point", zero_point)
-        if exponents is not None and not isinstance(exponents, Iterable):
-            raise InputError(f"the exponents are {exponents!r}; they must be integers, one a channel")
-        set_field(self, "exponents", None if exponents is None else tuple(exponents))
+        for name, values in (("exponents", exponents), ("channel_scales", channel_scales)):
+            if values is not None and not isinstance(values, Iterable):
+                raise InputError(f"the {name} are {values!r}; they must be numbers, one a channel")
+            set_field(self, name, None if values is None else tuple(values))
+        set_field(self, "narrow_range", narrow_range)
         self.__post_init__()
 
     def __post_init__(self) -> None:
         dtype = DType.parse(self.dtype)
-        try:
-            scale = math.nan if isinstance(self.scale, str | bytes) else float(self.scale)
-        except (TypeError, ValueError, OverflowError):
-            raise InputError(f"the scale is {self.scale!r}; it must be a number") from None
-        if not (math.isfinite(scale) and SMALLEST_SCALE <= scale <= LARGEST_SCALE):
-            raise InputError(f"the scale is {self.scale!r}; it must be a normal, positive float32 number")
+        set_field = object.__setattr__
+        set_field(self, "dtype", dtype)
+        if not isinstance(self.narrow_range, bool):
+            raise InputError(f"narrow_range is {self.narrow_range!r}; it must be true or false")
+        scale = _scale(self.scale)
         zero_point = _integer(self.zero_point)
-        if zero_point is None or not dtype.lo <= zero_point <= dtype.hi:
-            raise InputError(f"the zero point is {self.zero_point!r}; {dtype} codes go from {dtype.lo} to {dtype.hi}")
+        if zero_point is None or not self.lo <= zero_point <= self.hi:
+            raise InputError(f"the zero point is {self.zero_point!r}; {dtype} codes go from {self.lo} to {self.hi}")
         exponents = []
         for value in self.exponents or ():
             exponent = _integer(value)
             if exponent is None or not 0 <= exponent <= LARGEST_EXPONENT:
                 raise InputError(f"a channel exponent is {value}; it must be an integer from 0 to {LARGEST_EXPONENT}")
             exponents.append(exponent)
-        set_field = object.__setattr__
-        set_field(self, "dtype", dtype)
+        channel_scales = None if self.channel_scales is None else tuple(map(_scale, self.channel_scales))
+        if channel_scales is not None and (any(exponents) or scale != max(channel_scales, default=0.0)):
+            raise InputError("channel scales go without exponents, and the scale must be the largest of them")
+        set_field(self, "channel_scales", channel_scales)
         set_field(self, "scale", scale)
         set_field(self, "zero_point", zero_point)
         set_field(self, "exponents", tuple(exponents) if any(exponents) else None)
+
+    @property
+    def lo(self) -> int:
+        """The lowest code."""
+        return self.dtype.lo + self.narrow_range
+
+    @property
+    def hi(self) -> int:
+        """The highest code."""
+        return self.dtype.hi
+
+    @property
+    def channels(self) -> int | None:
+        """The number of channels, None where all have the same parameters."""
+        parameters = self.channel_scales or self.exponents
+        return None if parameters is None else len(parameters)
 
     def channel_exponents(self, n: int) -> tuple[int, ...]:
         """Return the exponents of `n` channels, zeros where there are none."""
         return self.exponents or (0,) * n
 
-    def _steps(self) -> npt.NDArray[np.float64] | float:
-        return 1.0 if self.exponents is None else np.exp2(np.asarray(self.exponents, dtype=np.float64))
+    def channel_steps(self, n: int) -> npt.NDArray[np.float64]:
+        """Return the real value of one LSB in each of `n` channels."""
+        return np.broadcast_to(self._scales(np.float64) * self._powers(np.float64), n)
+
+    def _scales(self, float_type: type[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+        return np.asarray(self.channel_scales or self.scale, dtype=float_type)
+
+    def _powers(self, float_type: type[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+        return np.exp2(np.asarray(self.exponents or 0, dtype=float_type))
+
+    def outside(self, codes: npt.NDArray[Any]) -> int:
+        """Return how many codes are none of these parameters', which a type that has room for more can hold."""
+        stored = np.iinfo(self.dtype.numpy)
+        if not codes.size or (stored.min == self.lo and stored.max == self.hi):
+            return 0
+        if codes.min() >= self.lo and codes.max() <= self.hi:
+            return 0
+        return int(((codes < self.lo) | (codes > self.hi)).sum())
 
     def quantize(self, x: npt.ArrayLike) -> npt.NDArray[Any]:
         """Return the codes of real values: ``clamp(round_half_even(x / 2**e / scale) + zero_point)``.
@@ -151,9 +253,11 @@ class QuantParams:
             raise InputError(f"{finite.size - int(finite.sum())} of {finite.size} values are NaN or infinite")
         float_type = values.dtype.type
         with np.errstate(over="ignore"):  # an overflow to infinity saturates, as it should
-            scaled = values / np.asarray(self._steps(), dtype=float_type) / float_type(self.scale)
+            scaled = values / self._powers(float_type) / self._scales(float_type)
+        if self.dtype.bits > 16:  # float32 has no room for the ends of the range
+            scaled, float_type = scaled.astype(np.float64), np.float64
         codes = np.rint(scaled) + float_type(self.zero_point)
-        clipped: npt.NDArray[Any] = np.clip(codes, self.dtype.lo, self.dtype.hi).astype(self.dtype.numpy)
+        clipped: npt.NDArray[Any] = np.clip(codes, self.lo, self.hi).astype(self.dtype.numpy)
         return clipped
 
     def dequantize(self, codes: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -168,15 +272,28 @@ class QuantParams:
         if array.dtype != self.dtype.numpy:
             raise CodeTypeError(f"codes of type {array.dtype} were given where {self.dtype} is expected")
         self._check_channels(array.shape)
-        centred = (array.astype(np.int32) - self.zero_point).astype(np.float32)
+        wide = np.int64 if self.dtype.bits > 16 else np.int32
+        centred = (array.astype(wide) - self.zero_point).astype(np.float32)
         with np.errstate(over="ignore"):  # beyond float32's range the value is infinite, as in ONNX
-            values: npt.NDArray[np.float32] = centred * np.float32(self.scale)
-            values *= np.asarray(self._steps(), dtype=np.float32)
+            values: npt.NDArray[np.float32] = centred * self._scales(np.float32)
+            values *= self._powers(np.float32)
         return values
 
     def _check_channels(self, shape: tuple[int, ...]) -> None:
-        if self.exponents is not None and (not shape or shape[-1] != len(self.exponents)):
-            raise InputError(f"an array of shape {shape} can't have {len(self.exponents)} channel exponents")
+        if self.channels is not None and (not shape or shape[-1] != self.channels):
+            kind = "scales" if self.channel_scales else "channel exponents"
+            raise InputError(f"an array of shape {shape} can't have {self.channels} {kind}")
+
+
+def _scale(value: Any) -> float:
+    """Return a scale as a checked float."""
+    try:
+        scale = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"the scale is {value!r}; it must be a number") from None
+    if not (math.isfinite(scale) and SMALLEST_SCALE <= scale <= LARGEST_SCALE):
+        raise InputError(f"the scale is {value!r}; it must be a normal, positive float32 number")
+    return scale
 
 
 def _integer(value: Any) -> int | None:

@@ -42,7 +42,7 @@ def codes(spec: LayerNormSpec, row: list[int]) -> list[int]:
         R = nearest(n * Fraction(2) ** (x - y) / r) * 2**y
         D = nearest((mean - c) * R)
     t = [nearest(Fraction((v - c) * R - D, 2**spec.s1)) for v in u]
-    lo, hi = spec.output.dtype.lo, spec.output.dtype.hi
+    lo, hi = spec.output.lo, spec.output.hi
     return [
         min(max(nearest(Fraction(v * G + B, 2**spec.s2)), lo), hi) for v, G, B in zip(t, spec.G, spec.B, strict=True)
     ]
@@ -71,9 +71,9 @@ def ideal(spec: LayerNormSpec, row: list[int]) -> list[Fraction]:
 
 def excess_terms(spec: LayerNormSpec, channel: int) -> dict[str, float]:
     """Return the bound's terms for one channel (docs/arithmetic.md, section 6)."""
-    n, z, dtype = spec.n, spec.input.zero_point, spec.input.dtype
+    n, z, q = spec.n, spec.input.zero_point, spec.input
     centred = spec.kind is NormKind.LAYERNORM
-    ends = [((dtype.lo - z) * 2**e, (dtype.hi - z) * 2**e) for e in spec.input.exponents or (0,) * n]
+    ends = [((q.lo - z) * 2**e, (q.hi - z) * 2**e) for e in spec.input.exponents or (0,) * n]
     low, high = ends[channel]
     if centred:  # this channel at one end, all others at the opposite one
         rest_low, rest_high = sum(a for a, _ in ends) - low, sum(b for _, b in ends) - high
@@ -86,7 +86,7 @@ def excess_terms(spec: LayerNormSpec, channel: int) -> dict[str, float]:
     step = Fraction(spec.output.scale) * 2 ** (spec.output.exponents or (0,) * n)[channel]
     gain, b = Fraction(spec.gamma[channel]) / step, Fraction(spec.beta[channel]) / step + spec.output.zero_point
     g = float(abs(gain))
-    reach = float(max(abs(spec.output.dtype.hi + Fraction(1, 2) - b), abs(spec.output.dtype.lo - Fraction(1, 2) - b)))
+    reach = float(max(abs(spec.output.hi + Fraction(1, 2) - b), abs(spec.output.lo - Fraction(1, 2) - b)))
     gain_error = float(abs(spec.G[channel] * Fraction(2) ** (spec.F - spec.s2) - gain))
     X = min(xmax, reach / g) if g and gain_error <= g else xmax
     em = 2.0 ** (1 - spec.m)
@@ -118,7 +118,7 @@ class Comparison:
 
 def compare(spec: LayerNormSpec, q: Codes, y: Codes) -> Comparison:
     """Assert ``|y - clamp(ideal)| <= 1/2 + excess`` for every code, with the spec's own proved excess."""
-    lo, hi = spec.output.dtype.lo, spec.output.dtype.hi
+    lo, hi = spec.output.lo, spec.output.hi
     real = reference.ideal(spec, q)
     distance = float(np.abs(y - np.clip(real, lo, hi)).max(initial=0))
     assert distance <= 0.5 + spec.excess, f"an output is {distance} LSB from the ideal; 1/2 + {spec.excess} is proved"
@@ -142,7 +142,7 @@ def hold(spec: LayerNormSpec, q: Codes, *, kernel: bool = True) -> float:
     assert np.abs(t).max(initial=0) <= spec.row_stage.t_max(spec.s1)
     a = t * np.array(spec.G) + np.array(spec.B)
     real = reference.ideal(spec, q).reshape(a.shape)
-    inside = (real >= spec.output.dtype.lo - 0.5) & (real <= spec.output.dtype.hi + 0.5)
+    inside = (real >= spec.output.lo - 0.5) & (real <= spec.output.hi + 0.5)
     error = float(np.abs(a / np.longdouble(2**spec.s2) - real)[inside].max(initial=0))
     assert error <= spec.excess, f"a value is {error} LSB from the ideal before its rounding; {spec.excess} is proved"
     return error

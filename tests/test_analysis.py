@@ -244,7 +244,7 @@ def test_clipping_is_reported_and_a_range_without_it_suggested() -> None:
         (np.empty((0, 48)), DataError, "no row"),
         (np.full((2, 48), np.nan), DataError, "sample 0: 96 values are NaN"),
         (iter([np.ones((2, 48)), np.full((2, 48), np.inf)]), DataError, "sample 1: 96 values"),
-        (np.ones((2, 47)), InputError, r"\(2, 47\); its last dimensions must be \(48,\)"),
+        (np.ones((2, 47)), InputError, r"\(2, 47\) was given; the last dimensions must be \(48,\)"),
         (np.array(["a"] * 48), InputError, "real values"),
         (np.full((2, 48), 1e200), DataError, "a value is 1e.200, beyond"),
         (5, DataError, "the samples are 5; an array"),

@@ -116,7 +116,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("calibrate", "{}/plain.onnx", "--data", "{}/data", "-o", "{}/p.json"), "no norm that can be replaced"
     ),
     "a type that is none": (
-        ("calibrate", "{}/model.onnx", "--data", "{}/data", "-o", "{}/p.json", "--input", "int4"), "int4"
+        ("calibrate", "{}/model.onnx", "--data", "{}/data", "-o", "{}/p.json", "--input", "int1"), "int1"
     ),
     "an exponent out of range": (
         ("calibrate", "{}/model.onnx", "--data", "{}/data", "-o", "{}/p.json", "--exponents", "16"), "16"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from naive import compare, hold
 from rows import (
+    DTYPES,
     KINDS,
     LANES,
     REACH,
@@ -43,7 +44,7 @@ def attack(spec: LayerNormSpec, limit: int | None = None) -> None:
 #: type meets every lane.
 PAIRINGS_IN_LANES = [
     pytest.param(source, target, lane, marks=() if (i + j + k) % 3 == 0 else pytest.mark.slow)
-    for (i, source), (j, target), (k, lane) in itertools.product(enumerate(DType), enumerate(DType), enumerate(LANES))
+    for (i, source), (j, target), (k, lane) in itertools.product(enumerate(DTYPES), enumerate(DTYPES), enumerate(LANES))
 ]
 
 
@@ -154,7 +155,7 @@ def test_the_final_rounding_is_half_up_not_to_even_nor_away_from_zero() -> None:
 
 
 def test_outputs_saturate_at_both_ends_of_the_type() -> None:
-    for target in DType:
+    for target in DTYPES:
         spec = plan(layer_of(NormKind.LAYERNORM, 64), params_of("int8"), params_of(target, 0.5))
         q = noise(spec.input, 64, 8)
         hold(spec, q)

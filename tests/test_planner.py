@@ -73,10 +73,10 @@ def test_the_narrowest_lane_that_can_be_defended(source: str, target: str, lane:
     layer, qi, qo = layer_of(NormKind.LAYERNORM, 768), params_of(source), params_of(target)
     spec = plan(layer, qi, qo)
     assert spec.lane == lane
-    assert spec.excess <= MAX_EXCESS[DType(target)]
+    assert spec.excess <= MAX_EXCESS[DType(target).bits]
     assert spec == plan(layer, qi, qo, lane=lane)
     for narrower in (other for other in LANES if other < lane):
-        assert plan(layer, qi, qo, lane=narrower).excess > MAX_EXCESS[DType(target)]
+        assert plan(layer, qi, qo, lane=narrower).excess > MAX_EXCESS[DType(target).bits]
 
 
 def test_the_excess_that_is_asked_for_chooses_the_lane() -> None:

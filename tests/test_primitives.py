@@ -55,7 +55,7 @@ def _bits(values: Any) -> Any:
 def _reciprocals(values: Any, n: int, m: int, x: int, cut: int) -> Any:
     out = np.empty((values.size, 2), dtype=np.int64)
     for k in range(values.size):
-        out[k] = kernels.reciprocal_root(values[k], n, m, x, cut)
+        out[k] = kernels.reciprocal_root(values[k], n, m, x, cut, None)
     return out
 
 

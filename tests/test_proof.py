@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from rows import KINDS, LANES, adversarial, exponents_of, layer_of, noise, params_of
+from rows import DTYPES, KINDS, LANES, adversarial, exponents_of, layer_of, noise, params_of
 
 from fxp_layernorm import (
     DType,
@@ -29,6 +29,7 @@ from fxp_layernorm import (
     proof,
     reference,
 )
+from fxp_layernorm.adder import code_ends
 
 
 def unproved(spec: LayerNormSpec, **changes: Any) -> LayerNormSpec:
@@ -41,7 +42,7 @@ def unproved(spec: LayerNormSpec, **changes: Any) -> LayerNormSpec:
 
 @st.composite
 def params(draw: st.DrawFn, n: int) -> QuantParams:
-    dtype = draw(st.sampled_from(list(DType)))
+    dtype = draw(st.sampled_from(DTYPES))
     largest = draw(st.sampled_from([0, 0, 1, 5, 15]))
     exponents = exponents_of(n, largest, seed=draw(st.integers(0, 9))) if largest else None
     return QuantParams(dtype, 2.0 ** draw(st.floats(-14, 2)), draw(st.integers(dtype.lo, dtype.hi)), exponents)
@@ -147,8 +148,8 @@ def test_what_breaks_a_width_is_refused_with_the_figure(changes: dict[str, Any],
         ({"eps": -1e-5}, "not negative"),
         ({"gamma": (float("inf"),) * 64}, "must be finite"),
         ({"beta": (float("nan"),) * 64}, "must be finite"),
-        ({"input": QuantParams("int8", 0.05, exponents=[1, 2])}, "input has 2 channel exponents; .* 64"),
-        ({"output": QuantParams("int8", 0.05, exponents=[1] * 65)}, "output has 65 channel exponents"),
+        ({"input": QuantParams("int8", 0.05, exponents=[1, 2])}, "input has parameters for 2 channels; .* 64"),
+        ({"output": QuantParams("int8", 0.05, exponents=[1] * 65)}, "output has parameters for 65 channels"),
     ],
 )  # fmt: skip
 def test_what_is_out_of_range_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -206,7 +207,7 @@ def test_integers_that_differ_from_their_real_values_count_in_the_bound() -> Non
 def test_bounds_on_codes_hold_for_every_row(kind: NormKind, exponents: tuple[int, ...] | None) -> None:
     """Every row of codes at an end or next to the zero point; deviations and the smallest V0 are reached by some."""
     qi, n = QuantParams("uint8", 1.0, 3, exponents), 4
-    bounds = proof.CodeBounds.of(kind, n, qi)
+    bounds = proof.CodeBounds.of(kind, *code_ends(n, [qi], None))
     deviation, distance, magnitude, V0s = [Fraction(0)] * n, 0, 0, set()
     for codes in itertools.product((0, 3, 4, 255), repeat=n):
         u = [(q - 3) << e for q, e in zip(codes, qi.channel_exponents(n), strict=True)]
@@ -237,13 +238,13 @@ def test_the_width_of_R_allows_for_its_own_rounding(n: int, lane: int) -> None:
 
 @pytest.mark.parametrize("n", [64, 768, 65_536])
 @pytest.mark.parametrize("exponent", [0, 8, 15])
-@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_variance_is_exact_beyond_64_bits(dtype: DType, exponent: int, n: int) -> None:
     """Half of the codes at each end; RMSNorm: all of them at the end that is farther from the zero point."""
     qi = QuantParams(dtype, 1.0, dtype.lo, [exponent] * n if exponent else None)
     full = (dtype.hi - dtype.lo) << exponent
-    assert proof.CodeBounds.of(NormKind.LAYERNORM, n, qi).v0_max == n**2 * full**2 // 4
-    assert proof.CodeBounds.of(NormKind.RMSNORM, n, qi).v0_max == n**2 * full**2
+    assert proof.CodeBounds.of(NormKind.LAYERNORM, *code_ends(n, [qi], None)).v0_max == n**2 * full**2 // 4
+    assert proof.CodeBounds.of(NormKind.RMSNORM, *code_ends(n, [qi], None)).v0_max == n**2 * full**2
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ def test_types_by_name_or_numpy_dtype(value: Any, expected: DType) -> None:
     assert (expected.lo, expected.hi, expected.numpy) == (info.min, info.max, np.dtype(expected.value))
 
 
-@pytest.mark.parametrize("value", ["int32", "INT8", "", np.float32, np.dtype("int64"), 8, None, int])
+@pytest.mark.parametrize("value", ["int64", "int1", "uint17", "INT8", "", np.float32, np.dtype("int64"), 8, None, int])
 def test_other_types_are_refused(value: Any) -> None:
-    with pytest.raises(InputError, match=r"can't have the type.*use one of int8, uint8, int16, uint16"):
+    with pytest.raises(InputError, match=r"can't have the type.*use int8, uint8, int16, uint16"):
         DType.parse(value)
 
 
@@ -43,18 +43,18 @@ def test_quantize_rounds_ties_to_even_not_up_nor_away(dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DType)
 def test_quantize_saturates(dtype: DType) -> None:
-    params = QuantParams(dtype, 2.0**-126, dtype.hi - 3)
+    params = QuantParams(dtype, 2.0**-126, dtype.hi - 1)
     x = np.array([-3.4e38, -1.0, 0.0, 1.0, 3.4e38])
     for values in (x, x.astype(np.float32)):  # float32 overflows on the way
         codes = params.quantize(values)
         assert codes.dtype == dtype.numpy
-        assert codes.tolist() == [dtype.lo, dtype.lo, dtype.hi - 3, dtype.hi, dtype.hi]
+        assert codes.tolist() == [dtype.lo, dtype.lo, dtype.hi - 1, dtype.hi, dtype.hi]
 
 
-@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("dtype", [dtype for dtype in DType if dtype.bits <= 16])
 @pytest.mark.parametrize("exponents", [None, (0, 3, 15, 1)])
 def test_every_code_survives_the_way_to_float_and_back(dtype: DType, exponents: tuple[int, ...] | None) -> None:
-    params = QuantParams(dtype, 0.037, (dtype.lo + dtype.hi) // 2 + 3, exponents)
+    params = QuantParams(dtype, 0.037, (dtype.lo + dtype.hi) // 2 + 1, exponents)
     codes = np.arange(dtype.lo, dtype.hi + 1).astype(dtype.numpy).reshape(-1, 4)
     real = params.dequantize(codes)
     assert real.dtype == np.float32

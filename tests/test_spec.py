@@ -85,6 +85,8 @@ def test_the_file_is_readable_and_names_its_schema_and_producer(path: Path, spec
         "scale": spec.input.scale,
         "zero_point": spec.input.zero_point,
         "exponents": list(spec.input.exponents or ()),
+        "channel_scales": None,
+        "narrow_range": False,
     }
     assert f'"G": [ {", ".join(map(str, spec.G))} ]' in text  # a list to a line
     assert text.endswith("}\n")
@@ -133,7 +135,7 @@ EDITS: dict[str, tuple[Callable[[Document], Any], str]] = {
     "a short list": (lambda d: d["G"].pop(), "G has 5 elements; the spec normalizes 6"),
     "another shape": (lambda d: d.update(normalized_shape=[2, 2]), "the spec normalizes 4"),
     "another kind": (lambda d: d.update(kind="batchnorm"), "kind: .*'layernorm' or 'rmsnorm'"),
-    "another type": (lambda d: d["input"].update(dtype="int4"), r"input\.dtype: .*'uint16'"),
+    "another type": (lambda d: d["input"].update(dtype="int1"), r"input\.dtype: .*'int32'"),
     "another lane": (lambda d: d.update(lane=16), "the lane is 16"),
     "NaN": (lambda d: d.update(eps=math.nan), "finite"),
     "an infinite gamma": (lambda d: d["gamma"].__setitem__(0, math.inf), "finite"),
@@ -147,7 +149,7 @@ EDITS: dict[str, tuple[Callable[[Document], Any], str]] = {
     "a zero point beyond the codes": (lambda d: d["output"].update(zero_point=128), "the zero point is 128"),
     "an exponent beyond its range": (lambda d: d["input"].update(exponents=[16] * 6), "a channel exponent is 16"),
     "a negative exponent": (lambda d: d["output"].update(exponents=[-1] * 6), "a channel exponent is -1"),
-    "exponents of other channels": (lambda d: d["output"].update(exponents=[1] * 5), "5 channel exponents"),
+    "exponents of other channels": (lambda d: d["output"].update(exponents=[1] * 5), "parameters for 5 channels"),
     "a K that breaks the lane": (lambda d: d.update(K=30), "don't fit a lane of 24 bits"),
     "a shift that breaks the output": (lambda d: d.update(s2=29), "before their shift, beyond 32 bits"),
     "a gain that breaks the output": (lambda d: d["G"].__setitem__(3, 1 << 31), "before their shift, beyond 32 bits"),

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx_models import run_onnxruntime, run_reference
-from rows import adversarial, exponents_of, layer_of, noise, params_of
+from rows import DTYPES, adversarial, exponents_of, layer_of, noise, params_of
 
 import fxp_layernorm as fxp
 from fxp_layernorm import DType, ModelError, NormKind, reference
@@ -43,6 +43,7 @@ def spec_of(
 ) -> fxp.LayerNormSpec:
     layer = layer_of(kind, n)
     layer.normalized_shape = shape or layer.normalized_shape
+    layer.axes = tuple(range(-len(layer.normalized_shape), 0))
     layer.weight = np.reshape(layer.gamma.reshape(-1), layer.normalized_shape) if not shape else None
     if shape and isinstance(layer, fxp.LayerNorm):
         layer.bias = None
@@ -150,7 +151,7 @@ def test_unknown_word_or_form(option: dict[str, str], match: str) -> None:
         to_onnx(spec, **option)
 
 
-@pytest.mark.parametrize("dtype", list(DType))
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_exported_model_is_valid_and_typed(dtype: DType) -> None:
     model = to_onnx(spec_of(NormKind.LAYERNORM, 32, dtype, dtype, 0, None))
     onnx.checker.check_model(model, full_check=True)

@@ -163,7 +163,7 @@ class NormAnalyzer:
     def _clamped_ideal(self, codes: npt.NDArray[Any]) -> Floats:
         spec = self.spec
         values = ideal(spec, codes.reshape(-1, *spec.normalized_shape)).reshape(codes.shape)
-        clamped: Floats = np.clip(values, spec.output.dtype.lo, spec.output.dtype.hi).astype(np.float64)
+        clamped: Floats = np.clip(values, spec.output.lo, spec.output.hi).astype(np.float64)
         return clamped
 
     def _remember_worst(self, rows: Rows, total: Floats, first: int, sample_row: int) -> None:
@@ -279,7 +279,7 @@ class _Clips:
     """Counts of values beyond the codes of some parameters, by channel."""
 
     def __init__(self, params: QuantParams, n: int) -> None:
-        self._ends = params.dtype.lo - 0.5, params.dtype.hi + 0.5
+        self._ends = params.lo - 0.5, params.hi + 0.5
         self._low, self._high = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
 
     @property
@@ -301,7 +301,7 @@ class _Clips:
 
 def _positions(positions: Floats, params: QuantParams) -> Histogram:
     """Return the histogram of real values on the scale of their codes, with what is clipped in view."""
-    clips = params.dtype.lo - 0.5, params.dtype.hi + 0.5
+    clips = params.lo - 0.5, params.hi + 0.5
     margin = (clips[1] - clips[0]) / 8
     low = max(float(positions.min()), clips[0] - 4 * margin)
     high = min(float(positions.max()), clips[1] + 4 * margin)

@@ -133,7 +133,7 @@ def compute(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]], exact: Col
         y = _shift(a, spec.s2)
         a = a + (1 << (spec.s2 - 1))
     if Stage.OUTPUT_SATURATION not in exact:
-        y = np.clip(y, spec.output.dtype.lo, spec.output.dtype.hi)
+        y = np.clip(y, spec.output.lo, spec.output.hi)
     return Computed(u, S, V, R, D, p, t, a, y)
 
 
@@ -150,13 +150,12 @@ def float_layer(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]]) -> Flo
 
 def output_steps(spec: LayerNormSpec) -> Floats:
     """Return the real value of an output LSB of each channel."""
-    steps: Floats = spec.output.scale * np.exp2(np.array(spec.output.channel_exponents(spec.n), dtype=np.float64))
-    return steps
+    return spec.output.channel_steps(spec.n)
 
 
 def input_positions(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]]) -> Floats:
     """Return where real inputs lie on the scale of their codes: neither rounded nor clipped, in input LSB."""
-    steps = spec.input.scale * np.exp2(np.array(spec.input.channel_exponents(spec.n), dtype=np.float64))
+    steps = spec.input.channel_steps(spec.n)
     positions: Floats = rows.astype(np.float64) / steps + spec.input.zero_point
     return positions
 
@@ -181,9 +180,9 @@ def _input(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]], exact: Coll
     if Stage.INPUT in exact or Stage.INPUT_SATURATION in exact:
         positions = input_positions(spec, rows)
         free = Stage.INPUT_SATURATION in exact
-        outside = (positions < params.dtype.lo - 0.5) | (positions > params.dtype.hi + 0.5)
+        outside = (positions < params.lo - 0.5) | (positions > params.hi + 0.5)
         if Stage.INPUT in exact:
-            low, high = (-np.inf, np.inf) if free else (float(params.dtype.lo), float(params.dtype.hi))
+            low, high = (-np.inf, np.inf) if free else (float(params.lo), float(params.hi))
             return (np.clip(positions, low, high) - params.zero_point) * np.exp2(exponents.astype(np.float64))
         if np.abs(positions).max() >= 2.0**46:  # beyond what exponents may be applied to as integers
             u = (np.where(outside, np.rint(positions), codes) - params.zero_point) * np.exp2(exponents.astype(float))
@@ -208,7 +207,7 @@ def _moments(u: Array, centred: bool) -> tuple[Array, Array]:
 def _add_epsilon(spec: LayerNormSpec, V0: Array, exact: bool) -> Array:
     """Return V, with 2h fraction bits."""
     if exact:
-        e = np.longdouble(spec.n) ** 2 * np.longdouble(spec.eps) / np.longdouble(spec.input.scale) ** 2
+        e = np.longdouble(spec.n) ** 2 * np.longdouble(spec.eps) / np.longdouble(spec.scale) ** 2
         V: Array = np.ldexp(V0.astype(np.longdouble) + e, 2 * spec.h)
         return V
     # codes keep V below 2**62, values that are not clipped need not

@@ -29,7 +29,7 @@ def properties(spec: LayerNormSpec) -> tuple[Property, ...]:
         ("t", _q(_integer_bits(spec.row_stage.t_max(spec.s1), spec.F), spec.F), f"p >> {spec.s1}, rounded half up"),
         ("G", _q(_integer_bits(max(map(abs, spec.G)), gain_bits), gain_bits), "gain, in output LSB"),
         ("B", _q(_integer_bits(max(map(abs, spec.B)), spec.s2), spec.s2), "offset, in output LSB"),
-        ("a", _q(proof.OUTPUT_BITS[spec.lane] - 1 - spec.s2, spec.s2), f"t*G + B, then >> {spec.s2}, rounded half up"),
+        ("a", _q(spec.accumulator - 1 - spec.s2, spec.s2), f"t*G + B, then >> {spec.s2}, rounded half up"),
     ]
     return tuple(Property(name=name, value=value, meaning=meaning) for name, value, meaning in lines)
 
@@ -48,7 +48,7 @@ def widths(spec: LayerNormSpec, seen: dict[str, float]) -> tuple[Width, ...]:
         ("2dR", "dividend of the mean's remainder", 63.0, spec.n * (row.r_max + 1)),
         ("p", "normalized value, with the half that rounds it", lane, row.r_max + codes.spread / 2 + 1 + half1),
         ("t", "normalized value, shortened", lane, t_max),
-        ("a", "output before its shift, with the half", math.log2(proof.output_limit(spec.lane)), a_max),
+        ("a", "output before its shift, with the half", spec.accumulator - 1, a_max),
     ]
     if spec.kind is NormKind.RMSNORM:
         lines = [line for line in lines if line[0] not in ("S", "2dR")]

@@ -1,0 +1,63 @@
+"""Which dimensions of an array a norm normalizes, and the way from there to rows and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+
+Shape = tuple[int, ...]
+
+
+def parse_axes(axes: int | Sequence[int] | None, normalized_shape: Shape) -> Shape:
+    """Return the normalized axes, counted from the end, in ascending order; None means the last ones.
+
+    Raises
+    ------
+    InputError
+        If they are not as many different negative integers, in ascending order, as `normalized_shape` has sizes.
+    """
+    if axes is None:
+        return tuple(range(-len(normalized_shape), 0))
+    given = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
+    valid = all(isinstance(axis, int | np.integer) and not isinstance(axis, bool) and axis < 0 for axis in given)
+    if not valid or list(given) != sorted(set(given)) or len(given) != len(normalized_shape):
+        raise InputError(
+            f"the axes are {axes!r}; {len(normalized_shape)} different negative integers in ascending order are "
+            f"expected, one for each size of the normalized shape {normalized_shape}"
+        )
+    return tuple(int(axis) for axis in given)
+
+
+def check_shape(shape: Shape, normalized_shape: Shape, axes: Shape) -> None:
+    """Raise InputError unless an array of this shape can be normalized."""
+    if len(shape) < -axes[0] or tuple(shape[axis] for axis in axes) != normalized_shape:
+        last = axes == tuple(range(-len(axes), 0))
+        place = "the last dimensions" if last else f"the dimensions {', '.join(map(str, axes))}"
+        raise InputError(f"an array of shape {shape} was given; {place} must be {normalized_shape}")
+
+
+def to_rows(array: npt.NDArray[Any], normalized_shape: Shape, axes: Shape) -> npt.NDArray[Any]:
+    """Return an array as rows of shape (rows, n): a view where the axes are the last, in C order; else a copy.
+
+    Raises
+    ------
+    InputError
+        If the array has another size in one of the axes.
+    """
+    check_shape(array.shape, normalized_shape, axes)
+    moved = np.moveaxis(array, axes, range(-len(axes), 0))
+    return moved.reshape(-1, math.prod(normalized_shape))
+
+
+def from_rows(rows: npt.NDArray[Any], shape: Shape, axes: Shape) -> npt.NDArray[Any]:
+    """Return rows as an array of `shape`, the inverse of `to_rows`: always a view."""
+    normalized = {axis + len(shape) for axis in axes}
+    leading = [size for axis, size in enumerate(shape) if axis not in normalized]
+    moved = rows.reshape(*leading, *(shape[axis] for axis in axes))
+    return np.moveaxis(moved, range(-len(axes), 0), axes)

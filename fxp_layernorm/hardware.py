@@ -1,0 +1,73 @@
+"""What a target's multiplier and accumulator hold, as limits for the planner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import proof
+from .errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Limits on the integers of a spec; bits include the sign.
+
+    Attributes
+    ----------
+    multiplier : tuple of int
+        Widths of the two factors of the second product, t and G, in either order (equation 8).
+    accumulator : int or None
+        Bits of that product, of its sum with B and of the rounding half (equations 8 and 9). None means 32 bits in the
+        lanes 24 and 32, and 63 in lane 64, as where there is no limit.
+    lanes : tuple of int
+        The lanes that the element stage may have: bits of (u - c) * R (equation 6).
+    root : int or None
+        Bits of the integer square root, m; None means 18, 24 or 31 by the lane.
+    radicand : int
+        V stays below this many bits (equation 3).
+    """
+
+    multiplier: tuple[int, int] = (32, 32)
+    accumulator: int | None = None
+    lanes: tuple[int, ...] = tuple(proof.ROOT_BITS)
+    root: int | None = None
+    radicand: int = proof.V_BITS
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "a factor": (self.multiplier, 4, 32), "the accumulator": ((self.accumulator,), 8, 64),
+            "the root": ((self.root,), 2, 31), "the radicand": ((self.radicand,), 8, proof.V_BITS),
+        }  # fmt: skip
+        for name, (values, low, high) in ranges.items():
+            for value in values:
+                if value is not None and not (isinstance(value, int) and low <= value <= high):
+                    raise InputError(f"{name} of {value!r} bits can't be planned for; {low} to {high} bits can")
+        if not self.lanes or not set(self.lanes) <= set(proof.ROOT_BITS):
+            raise InputError(f"the lanes are {self.lanes}; they can be {', '.join(map(str, proof.ROOT_BITS))}")
+
+    @classmethod
+    def parse(cls, value: Hardware | str | None) -> Hardware:
+        """Return a preset by its name; None means no limits but those of the lanes."""
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, str) or value not in PRESETS:
+            raise InputError(f"the hardware is {value!r}; it must be a Hardware or one of {', '.join(PRESETS)}")
+        return PRESETS[value]
+
+
+#: Named limits: the factors of the second product, and the bits of its accumulator.
+PRESETS = {
+    # Cortex-M4 and M7 (SMLABB), and most 16-bit DSPs
+    "mac16x16-32": Hardware(multiplier=(16, 16), accumulator=32, lanes=(24, 32)),
+    # DSPs with guard bits: TI C55x, Blackfin, CEVA
+    "mac16x16-40": Hardware(multiplier=(16, 16), accumulator=40, lanes=(24, 32)),
+    # FPGA slices: AMD DSP48E1 (25 x 18), and DSP48E2 (27 x 18)
+    "mac18x25-48": Hardware(multiplier=(18, 25), accumulator=48, lanes=(24,)),
+    "mac18x27-48": Hardware(multiplier=(18, 27), accumulator=48, lanes=(24,)),
+    # 32-bit processors with a long multiply-accumulate: Cortex-M (SMLAL), RISC-V with M
+    "mac32x32-64": Hardware(multiplier=(32, 32), accumulator=64),
+    # integers that are carried in float32: no value of the row stage's operands is long
+    "carried24": Hardware(multiplier=(24, 24), accumulator=32, lanes=(24,), radicand=36),
+}
