@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 from .loading import load_model
-from .model import ExportedNorm, Form, Word, exported_norms, quantize_model, to_onnx
+from .model import ExportedNorm, exported_norms, quantize_model, to_onnx
 from .norms import Norm, find_norms
 from .qdq import Border, find_border
+from .subgraph import Form, Word
 from .verify import NormCheck, OutputCheck, Verification, Verifier, verify
 
 __all__ = [

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -26,26 +25,14 @@ from .loading import Model, load_model, restore
 from .names import unique_name
 from .norms import Norm, find_norms
 from .qdq import find_border, input_value
+from .subgraph import Form, Word
 
-#: The opset of a norm that is exported by itself; in a model, `subgraph.Layout.opset` is the lowest.
+#: The opset of a norm that is exported by itself; in a model, the layout's `opset` is the lowest.
 OPSET = 17
 #: The IR version that goes with it; functions need 8.
 IR_VERSION = 8
 #: The metadata entry in which an exported model says where its norms' codes are.
 METADATA_KEY = "fxp_layernorm.norms"
-
-
-class Form(StrEnum):
-    """How a norm stands in the model: as one function node, or as its nodes."""
-
-    FUNCTION = "function"
-    INLINE = "inline"
-
-
-class Word(StrEnum):
-    """The integers that the graph's tensors hold."""
-
-    INT64 = "int64"
 
 
 @dataclass(frozen=True)
@@ -88,11 +75,11 @@ def to_onnx(
     ModelError
         If the word doesn't hold the spec.
     """
-    form, _ = _parse(form, word)
+    form, word = _parse(form, word)
     shape = [*leading, *spec.normalized_shape]
     q = ir.Value(name="q", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.from_numpy(spec.input.dtype.numpy)))
     tape = Tape()
-    y, functions, _ = _codes(tape, spec, q, len(shape), form, "")
+    y, functions, _ = subgraph.append(tape, spec, q, rank=len(shape), form=form, word=word, name="", opset=OPSET)
     y.name, y.shape = "y", ir.Shape(shape)
     y.type = ir.TensorType(ir.DataType.from_numpy(spec.output.dtype.numpy))
     graph = ir.Graph([q], [y], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": OPSET}, name="norm")
@@ -121,7 +108,7 @@ def quantize_model(
     ModelError
         If the model can't be read, lacks a norm of `params`, or one of them has other weights than its spec.
     """
-    form, _ = _parse(form, word)
+    form, word = _parse(form, word)
     graph_model = load_model(model).clone()
     opset = graph_model.graph.opset_imports.get("", 0)
     if graph_model.ir_version < IR_VERSION and form is Form.FUNCTION:
@@ -139,7 +126,7 @@ def quantize_model(
         assert norm is not None
         if fused.adds(norm.nodes[0]):
             norm = dataclasses.replace(norm, nodes=(fused.split(norm.nodes[0], opset),))
-        where, needed = _replace(graph_model, norm, entry, form, opset, taken)
+        where, needed = _replace(graph_model, norm, entry, form, word, opset, taken)
         exported.append(where)
         functions.update(needed)
     restore(graph_model, [norm.input for norm in exported])
@@ -184,7 +171,7 @@ def _check_same(norm: Norm | None, entry: NormParams) -> None:
 
 
 def _replace(
-    model: ir.Model, norm: Norm, entry: NormParams, form: Form, opset: int, taken: set[str]
+    model: ir.Model, norm: Norm, entry: NormParams, form: Form, word: Word, opset: int, taken: set[str]
 ) -> tuple[ExportedNorm, dict[str, ir.Function]]:
     """Replace one norm; returns where its codes are and the functions that it calls."""
     spec, graph = entry.spec, norm.nodes[-1].graph
@@ -196,9 +183,10 @@ def _replace(
     tape = Tape()
     shape = spec.normalized_shape
     codes_in = border.codes if border else _quantize(tape, x, spec.input, shape, opset)
-    codes_out, functions, stages = _codes(
-        tape, spec, codes_in, len(x.shape) if x.shape is not None else None, form, norm.name, opset
-    )
+    codes_out, functions, stages = subgraph.append(
+        tape, spec, codes_in, rank=len(x.shape) if x.shape is not None else None, form=form, word=word, name=norm.name,
+        opset=opset,
+    )  # fmt: skip
     if border:
         nodes, results = (*norm.nodes, *border.quantizers), border.results(tape, codes_out)
         unused += [x, *(value for node in border.quantizers for value in node.inputs[1:] if value is not None)]
@@ -234,28 +222,6 @@ def _remove_unused(values: list[ir.Value]) -> None:
             inputs = [source for source in producer.inputs if source is not None]
             graph.remove(producer, safe=True)
             _remove_unused(inputs)
-
-
-def _codes(
-    tape: Tape, spec: LayerNormSpec, q: ir.Value, rank: int | None, form: Form, name: str, opset: int = OPSET
-) -> tuple[ir.Value, dict[str, ir.Function], dict[str, ir.Value]]:
-    """Append the integer norm from codes to codes; returns the result, the functions that it calls, and the stages."""
-    layout = subgraph.Layout.of(spec, rank)
-    if opset < layout.opset:
-        raise ModelError(
-            f"the norm {name!r} needs opset {layout.opset} to be replaced; the model has {opset}. "
-            "Raise it with onnx.version_converter.convert_version"
-        )
-    attributes = subgraph.attributes(spec)
-    channels = {
-        key: tape.initializer(ir.tensor(value), name=f"{name}/{key}" if name else key)
-        for key, value in subgraph.tensors(spec).items()
-    }
-    if form is Form.FUNCTION:
-        y = tape.op(layout.name, [q, *channels.values()], attributes, domain=subgraph.DOMAIN, name=name or None)
-        return y, {layout.name: subgraph.function(spec, layout, opset)}, {}
-    body = subgraph.Body(layout, attributes, tape)
-    return body.write(q, channels), {}, body.stages
 
 
 def _quantize(tape: Tape, x: ir.Value, params: QuantParams, shape: tuple[int, ...], opset: int) -> ir.Value:

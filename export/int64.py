@@ -1,0 +1,285 @@
+"""The word int64: the row stage in int64, sums and elements in unsigned integers of 32 or 64 bits.
+
+Unsigned integers wrap, in ONNX too, so that one addition makes a number in two's complement positive, and a shift to
+the right is then a floor. Only what ONNX Runtime and ONNX's reference compute exactly is used: Div truncates, and
+gets no negative dividend; Max, Min and Clip of 64 bits are avoided (microsoft/onnxruntime#25280); sums are MatMul,
+as ONNX Runtime's ReduceSum goes through float64 beyond 2**53, keeps the shape of a tensor without rows, and takes three
+to five times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from .. import proof
+from ..errors import ModelError
+from ..proof import NormKind
+from ..spec import LayerNormSpec
+from .graph import Operand, Writer
+
+INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
+UINT32, UINT64 = ir.DataType.UINT32, ir.DataType.UINT64
+
+#: How many powers of 4 a number of 62 bits may reach.
+_FOURS = 31
+#: 4**k by k + _FOURS, 1 where k is negative.
+_SHIFTS = np.array([4 ** max(k, 0) for k in range(-_FOURS, _FOURS + 1)], dtype=np.int64)
+#: Upper bounds of a square root by its argument's top 10 bits, with 11 fraction bits.
+_ROOT_SEEDS = np.array([int(np.ceil(np.sqrt(k + 1) * 2**11)) for k in range(1024)], dtype=np.int64)
+#: The longest root for which one step of Heron's method is enough.
+_ONE_STEP = 18
+#: Added to a mean before its division by n, to keep the dividend positive; beyond any code.
+_MEAN_BIAS = 1 << 32
+#: Channels whose exponents agree in all but their last two bits are summed together, so that sums fit 32 bits.
+_GROUP = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides the nodes of the subgraph, beyond its attributes.
+
+    Attributes
+    ----------
+    kind : NormKind
+    lane : onnx_ir.DataType
+        Type of the element stage.
+    codes : onnx_ir.DataType
+        Type of the input's integers u and of their sum.
+    squares : onnx_ir.DataType
+        Type of the sum of squares.
+    groups : int
+        How many sums of squares there are, 0 where there are no channel exponents.
+    steps : int
+        Steps of Heron's method.
+    flatten : bool
+        Whether the input must become a matrix first: several dimensions are normalized together, or all.
+    """
+
+    kind: NormKind
+    lane: ir.DataType
+    codes: ir.DataType
+    squares: ir.DataType
+    groups: int
+    steps: int
+    flatten: bool
+
+    @classmethod
+    def of(cls, spec: LayerNormSpec, flatten: bool) -> Layout:
+        """Return the layout of a spec; raises ModelError if the word doesn't hold it."""
+        if spec.m < 16:
+            raise ModelError(f"the word int64 needs a root of at least 16 bits; the spec has m = {spec.m}")
+        exponents, zero_point = spec.input.channel_exponents(spec.n), _zero_point(spec)
+        groups = max(exponents) // _GROUP + 1 if spec.input.exponents is not None else 0
+        largest = max(spec.input.hi - zero_point, zero_point - spec.input.lo)
+        narrow = spec.lane < 64 and (spec.n * largest) << max(exponents) < 1 << 31
+        squares = UINT32 if narrow and (spec.n * largest**2) << (6 if groups else 0) < 1 << 32 else UINT64
+        return cls(
+            kind=spec.kind,
+            lane=UINT64 if spec.lane == 64 else UINT32,
+            codes=UINT32 if narrow else UINT64,
+            squares=squares,
+            groups=groups if squares is UINT32 else min(groups, 1),
+            steps=1 if spec.m <= _ONE_STEP else 2,
+            flatten=flatten,
+        )
+
+    @property
+    def opset(self) -> int:
+        """The lowest opset that has the operators: Clip of integers, and Reshape's allowzero."""
+        return 14 if self.flatten else 12
+
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        kind = "LayerNorm" if self.kind is NormKind.LAYERNORM else "RMSNorm"
+        types = "_".join(dtype.name.lower() for dtype in (self.lane, self.codes, self.squares))
+        options = f"_steps{self.steps}" + (f"_groups{self.groups}" if self.groups else "")
+        return f"{kind}_int64_{types}{options}" + ("_flatten" if self.flatten else "")
+
+
+def _zero_point(spec: LayerNormSpec) -> int:
+    """Return what is taken off the codes: in LayerNorm without exponents the zero point drops out."""
+    return spec.input.zero_point if spec.input.exponents is not None or spec.kind is NormKind.RMSNORM else 0
+
+
+def attributes(spec: LayerNormSpec) -> dict[str, int]:
+    """Return the attributes of a function node: every integer of the spec that is not one a channel."""
+    values: dict[str, int] = {
+        "n": spec.n, "zero_point": _zero_point(spec), "h": spec.h, "E": spec.E, "m": spec.m, "K": spec.K,
+        "s1": spec.s1, "s2": spec.s2, "y_low": spec.output.lo, "y_high": spec.output.hi,
+        "y_type": int(ir.DataType.from_numpy(spec.output.dtype.numpy)),
+    }  # fmt: skip
+    if spec.lane == 64:
+        values["cut"] = proof.reciprocal_bits(spec.n)
+    return values
+
+
+def tensors(spec: LayerNormSpec, layout: Layout) -> dict[str, npt.NDArray[Any]]:
+    """Return the channel inputs: G and B, and with channel exponents P = 2**e and the weights W of their squares."""
+    lane = np.int64 if spec.lane == 64 else np.int32
+    values = {"G": np.array(spec.G, dtype=lane), "B": np.array(spec.B, dtype=lane)}
+    if layout.groups:
+        exponents = np.array(spec.input.channel_exponents(spec.n), dtype=np.int64)
+        values["P"] = np.left_shift(1, exponents).astype(layout.codes.numpy())
+        first = np.arange(layout.groups) * _GROUP
+        of_group = (exponents[:, None] // _GROUP == np.arange(layout.groups)) | (layout.groups == 1)
+        weights = np.where(of_group, 4 ** np.maximum(exponents[:, None] - first, 0), 0)
+        values["W"] = weights.astype(layout.squares.numpy())
+    return values
+
+
+def reached_fours(spec: LayerNormSpec) -> tuple[int, int]:
+    """Return how many powers of 4 V reaches at least where V0 isn't 0, and at most."""
+    codes = spec.row_stage.codes
+    least, most = ((v0 << 2 * spec.h) + spec.E for v0 in (codes.v0_min, codes.v0_max))
+    return (least.bit_length() + 1) // 2, (most.bit_length() + 1) // 2
+
+
+class Body:
+    """Writes the subgraph's nodes.
+
+    Parameters
+    ----------
+    layout : Layout
+    writer : Writer
+    fours : tuple of int
+        How many powers of 4 V reaches, at least and at most.
+    """
+
+    def __init__(self, layout: Layout, writer: Writer, fours: tuple[int, int] = (0, _FOURS)) -> None:
+        self.layout = layout
+        self.writer = writer
+        self.fours = fours
+        #: The values of docs/arithmetic.md's letters, by these, for whoever must find the stage that a consumer gets
+        #: wrong. Of a value in parts, "V.12" is the part that counts 2**12 fold. They may be shifted by a constant.
+        self.stages: dict[str, Operand] = {}
+
+    def write(self, q: Operand, channels: Mapping[str, Operand]) -> Operand:
+        """Append the nodes from the rows' input codes to their output codes, and return the latter."""
+        w, op, lane = self.writer, self.writer.op, self.layout.lane
+        v = w.cast(q, self.layout.codes)
+        if self.layout.groups or self.layout.kind is NormKind.RMSNORM:
+            v = self._centre(v)
+        u = op("Mul", v, channels["P"]) if self.layout.groups else v  # (0)
+        S, Q = self._sums(u, v, channels)
+        self.stages |= {"u": u, "Q": Q} if S is Q else {"u": u, "S": S, "Q": Q}
+        R, mean = self._row_stage(S, Q)
+        u = u if lane == self.layout.codes else w.cast(u, lane)
+        # (6) and (7): p, with half of 2^s1 and made positive, from two numbers that may wrap
+        highest = w.constant(31 if lane == UINT32 else 63)
+        offset = op("Add", self._half("s1"), w.power(highest, lane))
+        if mean is not None:
+            offset = op("Sub", offset, mean)
+        t = op("BitShift", op("Add", op("Mul", u, R), offset), w.attribute("s1", lane), direction="RIGHT")
+        self.stages["t"] = t
+        # (8) and (9): t is 2^(highest-s1) too large; a is made positive in its turn, and then y is too large by `above`
+        above = op("Sub", op("Min", op("Add", w.attribute("s2"), w.constant(31)), highest), w.attribute("s2"))
+        G, B = (w.cast(channels[name], lane) for name in "GB")
+        constant = op("Add", self._half("s2"), w.power(op("Add", above, w.attribute("s2")), lane))
+        constant = op("Sub", constant, op("Mul", w.power(op("Sub", highest, w.attribute("s1")), lane), G))
+        a = op("Add", op("Mul", t, G), op("Add", B, constant))
+        y = op("BitShift", a, w.attribute("s2", lane), direction="RIGHT")
+        y = y if lane == UINT32 else w.cast(y, UINT32)
+        # above is a multiple of 2^16, or of 2^8 for codes of 8 bits: the low bits of what is clipped are the code
+        ends = (op("Add", w.attribute(name), w.power(above)) for name in ("y_low", "y_high"))
+        y = op("Clip", y, *(w.scalar(w.cast(end, UINT32)) for end in ends))
+        return op("Cast", y, to=w.attribute_of("to", "y_type"))
+
+    def _centre(self, v: Operand) -> Operand:
+        zero = self.writer.attribute("zero_point", self.layout.codes)
+        known = isinstance(zero, np.ndarray) and not zero.any()
+        return v if known else self.writer.op("Sub", v, zero)
+
+    def _half(self, shift: str) -> Operand:
+        """Return half of what a shift takes for one."""
+        w = self.writer
+        return w.power(w.op("Sub", w.attribute(shift), w.constant(1)), self.layout.lane)
+
+    def _sums(self, u: Operand, v: Operand, channels: Mapping[str, Operand]) -> tuple[Operand, Operand]:
+        """(1) and (2) in int64."""
+        w, op, layout = self.writer, self.writer.op, self.layout
+        squares = op("Mul", v, v)
+        squares = squares if layout.squares == layout.codes else w.cast(squares, layout.squares)
+        Q = w.cast(op("MatMul", squares, channels["W"] if layout.groups else w.ones(layout.squares)), INT64)
+        if layout.groups > 1:
+            Q = op("MatMul", Q, 4 ** (_GROUP * np.arange(layout.groups))[:, None])
+        if layout.kind is NormKind.RMSNORM:
+            return Q, Q  # there is no mean, and the sum is not used
+        S = op("MatMul", u, w.ones(layout.codes))
+        S = w.cast(S, INT32) if layout.codes == UINT32 else S  # as a signed number
+        return w.cast(S, INT64), Q
+
+    def _row_stage(self, S: Operand, Q: Operand) -> tuple[Operand, Operand | None]:
+        """(3) to (5): R, and c*R + D where there is a mean, in the type of the elements."""
+        w, op, lane = self.writer, self.writer.op, self.layout.lane
+        n = w.attribute("n")
+        centred = self.layout.kind is NormKind.LAYERNORM
+        V0 = op("Mul", Q, n)  # (3)
+        if centred:
+            V0 = op("Sub", V0, op("Mul", S, S))
+        V = op("Add", op("Mul", V0, w.power(op("Add", w.attribute("h"), w.attribute("h")))), w.attribute("E"))
+        r, R = self.reciprocal_root(V)
+        R = op("Mul", R, w.cast(op("Greater", V0, w.constant(0)), INT64))
+        self.stages |= {"V": V, "r": r, "R": R}
+        if not centred:
+            return w.cast(R, lane), None
+        # (5) with d in [0, n): c*R + D is the same for every c
+        bias = w.constant(_MEAN_BIAS)
+        dividend = op("Add", S, op("Mul", n, bias))
+        above = op("Div", dividend, n)
+        d = op("Sub", dividend, op("Mul", above, n))
+        D = op("Div", op("Add", op("Mul", d, R), op("Div", n, w.constant(2))), n)
+        c = op("Sub", above, bias)
+        self.stages |= {"c": c, "D": D}
+        if lane == UINT32:  # c*R fits 63 bits
+            return w.cast(R, lane), w.cast(op("Add", op("Mul", c, R), D), lane)
+        R, c, D = (w.cast(value, lane) for value in (R, c, D))
+        return R, op("Add", op("Mul", c, R), D)
+
+    def reciprocal_root(self, V: Operand) -> tuple[Operand, Operand]:
+        """(4) for V > 0: r and R; for V = 0 they are of no meaning, but no operator fails."""
+        w, op = self.writer, self.writer.op
+        # ceil(b/2) is the number of powers of 4 that V reaches; what depends on it alone is looked up
+        first, last = self.fours
+        reached = w.cast(op("GreaterOrEqual", V, 4 ** np.arange(first, last)[None]), INT64)
+        half_bits = op("MatMul", reached, np.ones((last - first, 1), dtype=np.int64))
+        j = op("Sub", w.attribute("m"), np.arange(first, last + 1))
+        r = self._root(V, half_bits, j)
+        x = op("Add", op("Add", j, w.attribute("K")), w.attribute("h"))
+        y = None
+        if self.layout.lane == UINT64:
+            shortened = op("Min", x, w.attribute("cut"))
+            x, y = shortened, w.power(op("Sub", x, shortened))
+        numerators = op("Mul", w.attribute("n"), w.power(x))
+        R = op("Div", op("Add", self._look_up(numerators, half_bits), op("Div", r, w.constant(2))), r)
+        if y is not None:
+            R = op("Mul", R, self._look_up(y, half_bits))
+        return r, R
+
+    def _root(self, V: Operand, half_bits: Operand, j: Operand) -> Operand:
+        """The integer square root of V shifted into 2m bits: an upper bound, Heron's method, a correction.
+
+        The seed is at most 2**-9 too large, in proportion; the steps leave 2**-19 and 2**-39, less than one unit of
+        18 and 31 bits; and from an upper bound, Heron's method on integers never falls below the root.
+        """
+        w, op, two, m = self.writer, self.writer.op, self.writer.constant(2), self.writer.attribute("m")
+        left = op("Gather", _SHIFTS, op("Add", j, w.constant(_FOURS)))
+        right = op("Gather", _SHIFTS, op("Sub", w.constant(_FOURS), j))
+        shifted = V
+        for name, factors in (("Mul", left), ("Div", right)):
+            if isinstance(factors, ir.Value) or (factors > 1).any():
+                shifted = op(name, shifted, self._look_up(factors, half_bits))
+        top = op("Div", shifted, w.power(op("Sub", op("Mul", m, two), w.constant(10))))
+        r = self._look_up(op("Mul", _ROOT_SEEDS, w.power(op("Sub", m, w.constant(16)))), top)
+        for _ in range(self.layout.steps):
+            r = op("Div", op("Add", r, op("Div", shifted, r)), two)
+        return op("Sub", r, w.cast(op("Greater", op("Mul", r, r), shifted), INT64))
+
+    def _look_up(self, table: Operand, index: Operand) -> Operand:
+        return self.writer.op("Gather", self.writer.op("Reshape", table, np.array([-1])), index)
