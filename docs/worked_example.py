@@ -1,4 +1,4 @@
-"""Print the generated blocks of arithmetic.md: the tie table of section 9 and the worked example of section 10."""
+"""Print the generated blocks of arithmetic.md: the tie table of section 9 and the worked example of section 11."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def add(q, residual, out, M, N, zero_points, shift):  # type: ignore[no-untyped-
 
 @_jit()
 def sum_codes(u, out, shifts, zero_point, lo, hi):  # type: ignore[no-untyped-def]
-    """Compute the codes of the sum; negative shifts go to the left."""
+    """Compute the codes of the sum (equation 31); negative shifts go to the left."""
     _widest_vectors()  # type: ignore[call-arg]
     rows, n = u.shape
     for i in range(rows):

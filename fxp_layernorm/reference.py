@@ -87,7 +87,7 @@ def input_stage(spec: LayerNormSpec, operands: list[list[int]]) -> list[int]:
 
 
 def sum_codes(spec: LayerNormSpec, u: list[int]) -> list[int]:
-    """Return the codes of the sum, equation (0'), where it is an output."""
+    """Return the codes of the sum, equation (31), where it is an output."""
     params = spec.sum_output
     if params is None or spec.adder is None or spec.adder.sum_shift is None:
         return []

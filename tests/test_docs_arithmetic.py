@@ -16,7 +16,7 @@ TEXT = (DOCS / "arithmetic.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 #: number and body of each equation, which ends where the next one or the block does
 EQUATIONS = [found for block in BLOCKS for found in re.findall(r"^\((\d+)\) (.*?)(?=^\(\d+\) |\Z)", block, re.M | re.S)]
-#: the blocks of section 10 carry the numbers of section 3 and 4 again
+#: the blocks of section 11 carry the numbers of section 3 and 4 again
 DEFINITIONS = [(int(number), body) for number, body in EQUATIONS if "[" in body]
 
 
@@ -47,7 +47,7 @@ def test_each_equation_names_one_function() -> None:
 
 def test_named_functions_exist() -> None:
     names = set(re.findall(r"\[([a-z_]+\.[A-Za-z_.]+)\]$", TEXT, re.M))
-    names |= set(re.findall(r"`((?:errors|kernels|planner|proof|quantization|reference|spec)\.[A-Za-z_.]+)`", TEXT))
+    names |= set(re.findall(r"`((?:adder|errors|hardware|kernels|planner|proof|quantization|reference|spec)\.[A-Za-z_.]+)`", TEXT))
     assert len(names) > 10
     for name in sorted(names):
         module, _, attribute = name.partition(".")
