@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from os import PathLike
+from itertools import islice
 from pathlib import Path
 from typing import Unpack
 
-import onnx
-
-from ..errors import DataError, FxpError, InputError, ModelError
+from ..errors import DataError, FxpError, ModelError
 from ..export.loading import Model, load_model
 from ..export.norms import Norm, find_norms
 from ..export.qdq import find_border
-from ..params import ModelParams, NormParams
+from ..params import CalibrationWarning, ModelParams, NormParams
 from ..planner import plan
 from ..quantization import DType
-from ..runtime import FeedHash, Feeds, Session
+from ..runtime import FeedHash, Feeds
+from .engine import Engine, LocalEngine
 from .layers import NormCalibration
+from .observation import Job, ModelObserver, ObservedNorm, StateFile
 from .options import CalibrationOptions, OptionKeywords
+from .record import model_sha256, side_record, versions
+from .warnings import find_warnings
 
 
 class ModelCalibration:
     """Observes every norm of a model while it runs; specs of several formats can then be planned.
 
-    Memory is bounded by one feed's activations and the observers. Each feed is run once.
+    Memory is bounded by the activations of the feeds that run at a time, and the observers. Each feed is run once.
 
     Parameters
     ----------
-    model : path, onnx.ModelProto or onnx_ir.Model
+    model : path or onnx.ModelProto
 
     Attributes
     ----------
     norms : list of Norm
         Those that can be replaced.
+    model_sha256 : str
 
     Raises
     ------
@@ -44,8 +46,8 @@ class ModelCalibration:
     """
 
     def __init__(self, model: Model) -> None:
-        self._model_hash = model_sha256(model)
         loaded = load_model(model)
+        self.model_sha256 = model_sha256(model, loaded)
         found = find_norms(loaded)
         self.norms = [norm for norm in found if norm.layer is not None]
         self._blocked = [norm for norm in found if norm.layer is None]
@@ -53,42 +55,74 @@ class ModelCalibration:
             blocked = "".join(f"; {norm.name}: {norm.blocker}" for norm in self._blocked)
             raise ModelError(f"the model has no norm that can be replaced{blocked}")
         self._borders = {norm.name: border for norm in self.norms if (border := find_border(norm)) is not None}
-        self._session = Session(
-            loaded, {value: norm.normalized_shape for norm in self.norms for value in (norm.input, norm.output)}
+        self._observed = tuple(
+            ObservedNorm(norm.name, norm.layer, norm.input, norm.output)
+            for norm in self.norms
+            if norm.layer is not None
         )
-        self._calibrations = {norm.name: NormCalibration(norm.layer) for norm in self.norms if norm.layer is not None}
-        self._data_hash = FeedHash()
-        self._feeds = 0
+        self._job = Job(loaded, self._observed)
+        self._seen = ModelObserver(self._observed)
+
+    @property
+    def feeds(self) -> int:
+        """The number of feeds observed."""
+        return self._seen.feeds
 
     @property
     def skipped(self) -> list[Norm]:
         """Norms that get no parameters, with the reason: those that can't be replaced, and those that no feed ran."""
-        idle = [norm for norm in self.norms if not self._ran(norm)]
+        idle = [norm for norm in self.norms if not self._ran(norm.name)]
         return self._blocked + [replace(norm, blocker="the data never runs it") for norm in idle]
 
-    def _ran(self, norm: Norm) -> bool:
-        observer = self._calibrations[norm.name].observer
+    def _ran(self, name: str) -> bool:
+        observer = self._seen.norms[name]
         return bool(observer.rows or observer.left_out)
 
-    def observe(self, feeds: Feeds, advance: Callable[[], None] = lambda: None) -> None:
+    def observe(
+        self,
+        feeds: Feeds,
+        advance: Callable[[int], None] = lambda count: None,
+        *,
+        engine: Engine | None = None,
+        state: str | Path | None = None,
+    ) -> None:
         """Run the model on each feed and observe its norms.
+
+        Parameters
+        ----------
+        feeds : Feeds
+        advance : callable
+            Called with the number of feeds that are new since its last call.
+        engine : Engine, optional
+            Where the feeds are run; by default on the threads of this process.
+        state : path, optional
+            A file to keep the observers in: where it exists, the feeds that it has seen are not run again, and it is
+            written every few seconds and at the end. What is read and written is the same with every engine.
 
         Raises
         ------
         DataError
-            If there is no feed, one doesn't fit the model, or a norm's values are not finite.
+            If there is no feed, one doesn't fit the model, or the first feeds are not those of the state file.
         """
-        for feed in feeds:
-            values = self._session.run(feed)
-            for norm in self.norms:
-                try:
-                    observer = self._calibrations[norm.name].observer
-                    observer.update(values[norm.input], values[norm.output], feed=self._feeds)
-                except FxpError as error:
-                    raise DataError(f"feed {self._feeds}, norm {norm.name!r}: {error}") from error
-            self._data_hash.update(feed)
-            self._feeds += 1
-            advance()
+        file = None if state is None else StateFile(state, self.model_sha256)
+        numbered = enumerate(feeds, self._seen.feeds)
+        if file is not None and not self._seen.feeds and file.load(self._seen):
+            seen = FeedHash()
+            for number, feed in islice(numbered, self._seen.feeds):
+                seen.update(feed, number)
+                advance(1)
+            if seen.total != self._seen.data.total:
+                raise DataError(
+                    f"{state} was made with other data than the first {self._seen.feeds} feeds; remove it to start anew"
+                )
+        (engine or LocalEngine()).run(self._job, numbered, self._seen, advance, file)
+        if file is not None:
+            file.save(self._seen)
+
+    def calibration(self, name: str) -> NormCalibration:
+        """Return the calibration of the norm of this name, for what was observed."""
+        (norm,) = (norm for norm in self._observed if norm.name == name)
+        return NormCalibration(norm.layer, self._seen.norms[name])
 
     def params(self, options: CalibrationOptions | None = None) -> ModelParams:
         """Return the specs of all norms for what was observed, by default for codes of int8.
@@ -96,12 +130,13 @@ class ModelCalibration:
         Norms between quantizers keep the types and scales that the model has for them.
         """
         options = CalibrationOptions() if options is None else options
-        entries = []
-        for norm in list(filter(self._ran, self.norms)) or self.norms:
-            calibration = self._calibrations[norm.name]
+        entries: list[NormParams] = []
+        warnings: list[CalibrationWarning] = []
+        for norm in [norm for norm in self._observed if self._ran(norm.name)] or self._observed:
+            calibration = self.calibration(norm.name)
+            seen, border = calibration.observer, self._borders.get(norm.name)
             try:
-                border = self._borders.get(norm.name)
-                if border is None or norm.layer is None:
+                if border is None:
                     spec = calibration.spec(options)
                 else:
                     spec = plan(norm.layer, border.input, border.output, lane=options.lane)
@@ -109,16 +144,19 @@ class ModelCalibration:
                 raise type(error)(f"norm {norm.name!r}: {error}") from error
             entries.append(
                 NormParams(
-                    name=norm.name, input=norm.input, output=norm.output, rows=calibration.observer.rows,
+                    name=norm.name, input=norm.input, output=norm.output, rows=seen.rows, left_out=seen.left_out,
+                    input_record=side_record(None if border else options.input, seen.input),
+                    output_record=side_record(None if border else options.output, seen.output),
                     sqnr_db=calibration.sqnr_db(spec), spec=spec,
                 )
             )  # fmt: skip
+            warnings += find_warnings(norm, seen)
         return ModelParams(
-            model_sha256=self._model_hash,
-            data_sha256=self._data_hash.hexdigest(),
-            feeds=self._feeds,
-            input_method=options.input.method,
-            output_method=options.output.method,
+            model_sha256=self.model_sha256,
+            data_sha256=self._seen.data.hexdigest(),
+            feeds=self._seen.feeds,
+            versions=versions(runtime=True),
+            warnings=tuple(warnings),
             norms=tuple(entries),
         )
 
@@ -130,21 +168,11 @@ def calibrate_model(
     output: DType | str = "int8",
     **options: Unpack[OptionKeywords],
 ) -> ModelParams:
-    """Return the integer form of every norm of a model, for scales found on real data; see `calibrate`."""
+    """Return the integer form of every norm of a model, for scales found on real data; see `calibrate`.
+
+    Unlike there, rows that hold NaN or infinite values are left out; the result's ``warnings`` tell of them.
+    """
     chosen = CalibrationOptions.of(input, output, **options)
     calibration = ModelCalibration(model)
     calibration.observe(feeds)
     return calibration.params(chosen)
-
-
-def model_sha256(model: Model) -> str:
-    """Return the hash of a model's bytes; raises ModelError if they can't be read."""
-    if isinstance(model, str | PathLike):
-        try:
-            with Path(model).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise ModelError(f"{model} can't be read: {error.strerror}") from error
-    if isinstance(model, onnx.ModelProto):
-        return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
-    raise InputError("a path or an onnx.ModelProto is expected")

@@ -11,10 +11,7 @@ from ..export.qdq import find_border
 from ..params import ModelParams, NormParams
 from ..planner import plan
 from ..runtime import FeedHash
-from .models import model_sha256
-
-#: What the parameter file names as the method of parameters that come from the model.
-METHOD = "model"
+from .record import model_sha256, side_record, versions
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,8 @@ def quantized_norms(model: Model, *, lane: int | None = None) -> QuantizedNorms:
         If a norm doesn't fit the arithmetic.
     """
     entries, skipped = list[NormParams](), dict[str, str]()
-    for norm in find_norms(load_model(model)):
+    loaded = load_model(model)
+    for norm in find_norms(loaded):
         border = find_border(norm)
         if norm.layer is None or border is None:
             skipped[norm.name] = norm.blocker or "it stands between no quantizers; it needs data to be calibrated"
@@ -61,15 +59,18 @@ def quantized_norms(model: Model, *, lane: int | None = None) -> QuantizedNorms:
         except FxpError as error:
             raise type(error)(f"norm {norm.name!r}: {error}") from error
         entries.append(
-            NormParams(name=norm.name, input=norm.input, output=norm.output, rows=0, sqnr_db=None, spec=spec)
-        )
+            NormParams(
+                name=norm.name, input=norm.input, output=norm.output, rows=0, left_out=0,
+                input_record=side_record(None, None), output_record=side_record(None, None), sqnr_db=None, spec=spec,
+            )
+        )  # fmt: skip
     if not entries:
         raise ModelError(
             f"of the model's norms ({len(skipped)}), none stands between DequantizeLinear and QuantizeLinear with "
             "constant parameters: calibrate them with data, by calibrate --data"
         )
     params = ModelParams(
-        model_sha256=model_sha256(model), data_sha256=FeedHash().hexdigest(), feeds=0,
-        input_method=METHOD, output_method=METHOD, norms=tuple(entries),
+        model_sha256=model_sha256(model, loaded), data_sha256=FeedHash().hexdigest(), feeds=0,
+        versions=versions(runtime=False), warnings=(), norms=tuple(entries),
     )  # fmt: skip
     return QuantizedNorms(params, skipped)

@@ -15,6 +15,7 @@ from ._version import __version__
 from .errors import (
     CodeTypeError,
     DataError,
+    EngineError,
     FxpError,
     InputError,
     MissingDependencyError,
@@ -39,6 +40,7 @@ __all__ = [
     "CodeTypeError",
     "DType",
     "DataError",
+    "EngineError",
     "Excess",
     "FxpError",
     "FxpLayerNorm",

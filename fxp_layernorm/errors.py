@@ -9,6 +9,7 @@
     │   ├── ModelError                      an ONNX model that can't be read, or has nothing to replace
     │   └── DataError                       feeds that don't fit the model
     ├── PlanError (also ValueError)         a layer that doesn't fit the widths that were asked for
+    ├── EngineError (also RuntimeError)     a cluster that can't be reached, or that lost its workers
     ├── WidthError (also ArithmeticError)   an intermediate value left its proved width: a bug of ours
     └── MissingDependencyError (also ImportError)
 
@@ -44,6 +45,10 @@ class DataError(InputError):
 
 class PlanError(FxpError, ValueError):
     """A layer that doesn't fit the asked widths; the message holds the figure that broke them."""
+
+
+class EngineError(FxpError, RuntimeError):
+    """A cluster that can't be reached, has no workers, or lost too many of them."""
 
 
 class WidthError(FxpError, ArithmeticError):

@@ -3,13 +3,73 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from . import files
 from .errors import InputError
 from .spec import LayerNormSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+
+class WarningKind(StrEnum):
+    """What is doubtful about the data of a norm."""
+
+    NOT_FINITE = "not_finite"
+    FEW_ROWS = "few_rows"
+    CONSTANT = "constant_channels"
+    DEAD = "dead_channels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationWarning:
+    """Something in a norm's data that makes its calibration doubtful.
+
+    Attributes
+    ----------
+    norm : str
+    kind : WarningKind
+    channels : tuple of int
+        All channels concerned; none where it is not about single channels.
+    text : str
+        What it is, and what was done.
+    """
+
+    __pydantic_config__ = files.STRICT
+
+    norm: str
+    kind: WarningKind
+    channels: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideRecord:
+    """How the parameters of one side of a norm, its input or its output, were chosen.
+
+    Attributes
+    ----------
+    method : str
+        A calibration method, or ``model`` for parameters that the model itself has.
+    exponents : int or None
+        The largest channel exponent that was allowed; None with ``model``, like `symmetric`.
+    symmetric : bool or None
+        Whether the zero point was to be the middle of the codes.
+    percentile : float or None
+        The share of the values, in percent, that the method ``percentile`` kept.
+    low, high : float or None
+        The lowest and highest value observed, where any were.
+    """
+
+    __pydantic_config__ = files.STRICT
+
+    method: str
+    exponents: int | None
+    symmetric: bool | None
+    percentile: float | None
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +84,10 @@ class NormParams:
         The names of the float tensors that it reads and writes in the model.
     rows : int
         How many rows were observed.
+    left_out : int
+        How many rows were not, as they hold NaN or infinite values.
+    input_record, output_record : SideRecord
+        How the parameters of the input and the output were chosen.
     sqnr_db : float or None
         Signal to quantization noise of the integer norm, against the float norm of the same real rows, on a sample of
         the observed rows: ``10*log10(sum(y**2) / sum((y_int - y)**2))``. None where the signal or the noise is 0.
@@ -36,6 +100,9 @@ class NormParams:
     input: str
     output: str
     rows: int
+    left_out: int
+    input_record: SideRecord
+    output_record: SideRecord
     sqnr_db: float | None
     spec: LayerNormSpec
 
@@ -46,12 +113,15 @@ class ModelParams:
 
     Attributes
     ----------
-    model_sha256, data_sha256 : str
-        Of the model file's bytes, and of the feeds' names, types, shapes and bytes in their order.
+    model_sha256 : str
+        Of the model file's bytes; where it keeps tensors in other files, of its own hash and theirs.
+    data_sha256 : str
+        Of the feeds: their numbers, and the names, types, shapes and bytes of their arrays.
     feeds : int
         How many feeds the model was run on.
-    input_method, output_method : str
-        The calibration methods.
+    versions : dict of str to str
+        Of the libraries that computed the activations and these parameters.
+    warnings : tuple of CalibrationWarning
     norms : tuple of NormParams
     """
 
@@ -60,8 +130,8 @@ class ModelParams:
     model_sha256: str
     data_sha256: str
     feeds: int
-    input_method: str
-    output_method: str
+    versions: dict[str, str]
+    warnings: tuple[CalibrationWarning, ...]
     norms: tuple[NormParams, ...]
 
     def __post_init__(self) -> None:

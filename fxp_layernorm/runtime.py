@@ -145,21 +145,41 @@ def _external_folder(model: ir.Model) -> Path | None:
 
 
 class FeedHash:
-    """A hash over feeds as they pass: the names, types, shapes and bytes of their arrays."""
+    """A hash over feeds: their numbers, and the names, types, shapes and bytes of their arrays.
 
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+    It is the sum of a 2048-bit hash of each feed (AdHash), so that feeds can be taken in any order, and parts merged.
 
-    def update(self, feed: Feed) -> None:
-        """Take in one feed."""
+    Attributes
+    ----------
+    total : int
+        The sum so far, from 0 to 2**2048 - 1.
+    """
+
+    _BYTES = 256
+
+    def __init__(self, total: int = 0) -> None:
+        self.total = total
+
+    def update(self, feed: Feed, number: int) -> None:
+        """Take in the feed of this number."""
+        feed_hash = hashlib.shake_256(f"{number}\n".encode())
         for name in sorted(feed):
             array = np.ascontiguousarray(feed[name])
-            self._hash.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-            self._hash.update(array.tobytes())
+            feed_hash.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+            feed_hash.update(array.tobytes())
+        self.merge(FeedHash(int.from_bytes(feed_hash.digest(self._BYTES), "big")))
+
+    def merge(self, other: FeedHash) -> None:
+        """Take in the feeds that another hash has seen."""
+        self.total = (self.total + other.total) % (1 << (8 * self._BYTES))
+
+    def tobytes(self) -> bytes:
+        """Return the sum as bytes, the highest first."""
+        return self.total.to_bytes(self._BYTES, "big")
 
     def hexdigest(self) -> str:
-        """Return the hash of all feeds so far."""
-        return self._hash.hexdigest()
+        """Return the SHA-256 of the sum over all feeds so far."""
+        return hashlib.sha256(self.tobytes()).hexdigest()
 
 
 class Session:
@@ -172,6 +192,8 @@ class Session:
     values : iterable of str, or mapping of str to tuple of int
         Names of inner values to return; of those in bodies of If, Loop and Scan, with the shape of a row, which the
         rows of all passes are returned in.
+    threads : int
+        Threads within an operator; 0 lets ONNX Runtime choose. The last bits of its floats may depend on it.
 
     Raises
     ------
@@ -181,7 +203,9 @@ class Session:
         If ONNX Runtime is not installed.
     """
 
-    def __init__(self, model: ir.Model, values: Iterable[str] | Mapping[str, tuple[int, ...]] = ()) -> None:
+    def __init__(
+        self, model: ir.Model, values: Iterable[str] | Mapping[str, tuple[int, ...]] = (), *, threads: int = 0
+    ) -> None:
         import onnx_ir as ir
 
         from .exposure import expose
@@ -198,6 +222,7 @@ class Session:
         self._inner_inputs = [name for name in asked if name not in self._exposed]
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = threads
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:

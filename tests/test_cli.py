@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def document(*arguments: object, code: int = 0) -> Any:
 def folder(tmp_path: Path) -> Path:
     onnx.save(model_with_norms(), tmp_path / "model.onnx")
     (tmp_path / "data").mkdir()
-    for index, feed in enumerate(feeds()):
+    for index, feed in enumerate(feeds(shape=(2, 25, N))):  # enough rows that calibrate warns of nothing
         np.savez(tmp_path / "data" / f"{index}.npz", **feed)
     return tmp_path
 
@@ -81,7 +82,7 @@ def test_whole_way(folder: Path) -> None:
 
 def test_closing_line_of_verify(exported: Path) -> None:
     arguments = (exported / "model.onnx", exported / "out.onnx", exported / "params.json", "--data", exported / "data")
-    codes = sum(2 * feed["x"].size for feed in feeds())
+    codes = sum(2 * feed["x"].size for feed in feeds(shape=(2, 25, N)))
     result = run("verify", *arguments)
     assert result.stderr.splitlines()[-1].startswith(f"PASSED | 2 norms, 0 of {codes:,} codes differ | ")
     model = onnx.load(exported / "out.onnx")
@@ -156,7 +157,7 @@ def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("calibrate", path / "model.onnx", "--data", path / "data", "-o", path / "params.json")
     text = (path / "params.json").read_text()
     (path / "cut.json").write_text(text[: len(text) // 2])
-    (path / "later.json").write_text(text.replace('"schema_version": 1', '"schema_version": 99', 1))
+    (path / "later.json").write_text(re.sub('"schema_version": [0-9]+', '"schema_version": 99', text, count=1))
     return path
 
 
@@ -249,3 +250,33 @@ def test_norms_that_stay_float_are_told(folder: Path) -> None:
     result = run(*arguments)
     assert "params.json, 1 stay float | " in result.stderr
     assert "its mean or inverse deviation is used" in result.stdout
+
+
+def test_doubtful_data_are_told(folder: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(1, 200, N)).astype(np.float32)
+    x[..., 4] = 2
+    x[0, 9, 1] = np.inf
+    np.savez(folder / "doubtful.npz", x=x)
+    arguments = ("calibrate", folder / "model.onnx", "--data", folder / "doubtful.npz", "-o", folder / "params.json")
+    warnings = document(*arguments)["warnings"]
+    assert {(warning["norm"], warning["kind"]) for warning in warnings} >= {
+        ("norm0", "constant_channels"), ("norm0", "not_finite"), ("norm1", "not_finite")
+    }  # fmt: skip
+    lines = run(*arguments).stderr.splitlines()
+    assert any(
+        line.startswith("Warning: norm norm0: the input has one value in all 199 rows in channel 4;") for line in lines
+    )
+    assert f"{len(warnings)} warnings | " in lines[-1]
+
+
+def test_resumed_calibration_needs_no_second_run(folder: Path) -> None:
+    arguments = ("calibrate", folder / "model.onnx", "--data", folder / "data", "--resume", folder / "state.npz")
+    run(*arguments, "-o", folder / "a.json")
+    run(*arguments, "-o", folder / "b.json", "--method", "percentile", "--output-method", "entropy", "--exponents", 0)
+    norms = document(*arguments, "-o", folder / "c.json", "--input-method", "moving_average")["norms"]
+    assert {(norm["input_method"], norm["output_method"]) for norm in norms} == {("moving_average", "mse")}
+    plain = ("calibrate", folder / "model.onnx", "--data", folder / "data", "-o", folder / "d.json")
+    run(*plain, "--method", "percentile", "--output-method", "entropy", "--exponents", 0)
+    assert (folder / "b.json").read_bytes() == (folder / "d.json").read_bytes()
+    run("calibrate", folder / "model.onnx", "--data", folder / "data" / "0.npz", "-o", folder / "e.json", "--resume",
+        folder / "state.npz", code=2)  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx_models import N, feeds, model_with_norms
 
 from fxp_layernorm import DataError, export
@@ -115,8 +117,8 @@ def test_types_that_fit_without_loss_are_taken() -> None:
 def test_hash_tells_feeds_apart() -> None:
     def digest(*data: dict[str, Any]) -> str:
         feed_hash = FeedHash()
-        for feed in data:
-            feed_hash.update(feed)
+        for number, feed in enumerate(data):
+            feed_hash.update(feed, number)
         return feed_hash.hexdigest()
 
     x = np.arange(12.0)
@@ -124,3 +126,17 @@ def test_hash_tells_feeds_apart() -> None:
                 digest({"x": x}, {"x": x}), digest({"x": x[::-1]})]  # fmt: skip
     assert len(set(distinct)) == len(distinct)
     assert digest({"x": x, "y": x}) == digest({"y": x, "x": np.asfortranarray(x)})
+
+
+@given(st.permutations(range(4)), st.integers(0, 4))
+def test_hash_does_not_depend_on_the_order_or_the_parts(order: list[int], cut: int) -> None:
+    def of(numbers: Iterable[int]) -> FeedHash:
+        feed_hash = FeedHash()
+        for number in numbers:
+            feed_hash.update({"x": np.array(number // 2)}, number)
+        return feed_hash
+
+    merged = of(order[:cut])
+    merged.merge(of(order[cut:]))
+    assert merged.hexdigest() == of(range(4)).hexdigest()
+    assert of([1, 0, 3]).hexdigest() != of([0, 2, 3]).hexdigest()

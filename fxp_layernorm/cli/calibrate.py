@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..quantization import DType
 from . import common
 
+#: By name, as `fxp_layernorm.calibration` is imported only when the command runs.
+_METHODS = click.Choice(["minmax", "moving_average", "percentile", "mse", "entropy"])
 _TYPES = click.Choice([dtype.value for dtype in DType])
 
 
@@ -22,45 +25,73 @@ _TYPES = click.Choice([dtype.value for dtype in DType])
 )
 @click.option(
     "--method",
-    type=click.Choice(["minmax", "mse"]),
-    help="minmax: scales that hold all observed values. mse: also smaller ones that clip, where the error is less. "
-    "[default: mse for codes of 8 bits, minmax for 16 bits]",
+    type=_METHODS,
+    help="How ranges are chosen. minmax: all observed values. moving_average: the mean of the feeds' ranges. "
+    "percentile: all but a small share of the values. mse: the least squared error. entropy: the codes' distribution "
+    "most like the values'. [default: mse for codes of 8 bits, minmax for wider ones]",
 )
+@click.option("--input-method", type=_METHODS, help="The same for the inputs alone.")
+@click.option("--output-method", type=_METHODS, help="The same for the outputs alone.")
+@click.option(
+    "--percentile", type=float, default=99.99, show_default=True, metavar="SHARE",
+    help="The share of the values, in percent, that the method percentile keeps.",
+)  # fmt: skip
 @click.option(
     "--exponents",
     type=click.IntRange(0, 15),
     metavar="MAX",
     help="Give each channel a power of two, at most 2**MAX; 0 is one scale a tensor. [default: 7 for codes of 8 bits, "
-    "0 for 16 bits]",
+    "0 for wider ones]",
 )
+@click.option(
+    "--symmetric/--asymmetric", default=None,
+    help="Whether the zero point is the middle of the codes. [default: symmetric with exponents, asymmetric without]",
+)  # fmt: skip
 @click.option(
     "--lane", type=click.Choice(["24", "32", "64"]),
     help="Bits of the element stage's integers. [default: the narrowest with a small proved error]",
 )  # fmt: skip
+@click.option(
+    "--resume",
+    "state",
+    type=common.PATH,
+    metavar="STATE",
+    help="Keep what is observed in this file (.npz): interrupted work goes on where it stood, and another method or "
+    "type needs no second run of the model.",
+)
+@click.option(
+    "--engine", type=click.Choice(["local", "dask"]), default="local", show_default=True,
+    help="Where the model runs. dask: on the workers of a Dask cluster; the result is the same to the last bit.",
+)  # fmt: skip
+@click.option(
+    "--scheduler", metavar="ADDRESS",
+    help="The Dask cluster's scheduler, as tcp://host:8786. [default: worker processes on this machine]",
+)  # fmt: skip
 @common.json_option
 def calibrate(
-    model: Path, data: str | None, out: Path, input_type: str, output_type: str, method: str | None,
-    exponents: int | None, lane: str | None, as_json: bool,
+    model: Path, data: str | None, out: Path, input_type: str, output_type: str, lane: str | None, state: Path | None,
+    engine: str, scheduler: str | None, as_json: bool, **chosen: Any,
 ) -> None:  # fmt: skip
     """Run MODEL on real data, observe each of its norms, and write their integer parameters.
 
-    The model runs once over the data; memory is bounded by one feed. Norms that stand between DequantizeLinear and
-    QuantizeLinear keep the types and scales that MODEL has for them; where all do, no data is needed.
+    The model runs once over the data, a feed on each core; memory is bounded by the activations of these feeds. Norms
+    that stand between DequantizeLinear and QuantizeLinear keep the types and scales that MODEL has for them; where all
+    do, no data is needed.
 
     \b
     Examples:
       fxp-layernorm calibrate model.onnx --data feeds/ -o params.json
       fxp-layernorm calibrate model.onnx --data feeds.npz -o params.json --input int16 --output int16
       fxp-layernorm calibrate model.onnx --data my.module:feeds -o params.json --exponents 3
+      fxp-layernorm calibrate model.onnx --data feeds/ -o params.json --resume observed.npz --engine dask
       fxp-layernorm calibrate quantized.onnx -o params.json
     """
     from ..calibration import CalibrationOptions, ModelCalibration, quantized_norms
+    from ..calibration.engine import parse_engine
     from ..runtime import Feeds
 
     output = common.Output(as_json)
-    options = CalibrationOptions.of(
-        input_type, output_type, method=method, exponents=exponents, lane=int(lane) if lane else None
-    )
+    options = CalibrationOptions.of(input_type, output_type, lane=int(lane) if lane else None, **chosen)
     if data is None:
         found = quantized_norms(model, lane=options.lane)
         params, skipped, source = found.params, found.skipped, "with the model's own parameters"
@@ -68,7 +99,7 @@ def calibrate(
         feeds = Feeds(data)
         calibration = ModelCalibration(model)
         with output.progress("Calibrating", len(feeds)) as advance:
-            calibration.observe(feeds, advance)
+            calibration.observe(feeds, advance, engine=parse_engine(engine, scheduler), state=state)
         params = calibration.params(options)
         skipped = {norm.name: norm.blocker or "" for norm in calibration.skipped}
         source = f"{input_type} -> {output_type}, calibrated on {common.count(params.feeds, 'feed')}"
@@ -78,13 +109,19 @@ def calibrate(
             {
                 "name": norm.name, "n": norm.spec.n, "rows": norm.rows, "lane": norm.spec.lane,
                 "excess_lsb": float(norm.spec.excess), "excess_terms_lsb": dict(norm.spec.excess.terms),
-                "sqnr_db": norm.sqnr_db, "input_scale": norm.spec.input.scale, "output_scale": norm.spec.output.scale,
+                "sqnr_db": norm.sqnr_db, "input_method": norm.input_record.method,
+                "output_method": norm.output_record.method, "input_scale": norm.spec.input.scale,
+                "output_scale": norm.spec.output.scale,
                 "largest_input_exponent": max(norm.spec.input.channel_exponents(norm.spec.n)),
                 "largest_output_exponent": max(norm.spec.output.channel_exponents(norm.spec.n)),
             }
             for norm in params.norms
         ],
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
+        "warnings": [
+            {"norm": warning.norm, "kind": warning.kind.value, "channels": warning.channels, "text": warning.text}
+            for warning in params.warnings
+        ],
         "feeds": params.feeds, "params": str(out),
     }  # fmt: skip
     columns = ("norm", "n", "rows", "lane", "proved excess, LSB", "SQNR, dB")
@@ -96,5 +133,8 @@ def calibrate(
     if skipped:
         tables.append(common.table("Norms that stay float", ("norm", "because"), list(skipped.items())))
     output.result(document, *tables)
+    for warning in params.warnings:
+        click.echo(f"Warning: norm {warning.norm}: {warning.text}", err=True)
+    warned = f", {common.count(len(params.warnings), 'warning')}" if params.warnings else ""
     left = f", {len(skipped)} stay float" if skipped else ""
-    output.close(f"{common.count(len(params.norms), 'norm')} calibrated into {out}{left}")
+    output.close(f"{common.count(len(params.norms), 'norm')} calibrated into {out}{left}{warned}")

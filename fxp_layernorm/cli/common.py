@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -69,18 +78,26 @@ class Output:
             raise SystemExit(1)
 
     @contextmanager
-    def progress(self, description: str, total: int) -> Iterator[Callable[[], None]]:
-        """Show progress on a terminal; yields a function to call after each step."""
+    def progress(self, description: str, total: int) -> Iterator[Callable[..., None]]:
+        """Show progress on a terminal; yields a function to call after each step, or with the number of steps."""
         if not self.messages.is_terminal:
-            yield lambda: None
+            yield lambda count=1: None
             return
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(), _Rate(),
         )  # fmt: skip
         with Progress(*columns, console=self.messages, transient=True) as progress:
             task = progress.add_task(description, total=total or None)
-            yield lambda: progress.advance(task)
+            yield lambda count=1: progress.advance(task, count)
+
+
+class _Rate(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate, nothing before there is one."""
+        return Text(f"{task.speed:.3g}/s" if task.speed else "")
 
 
 def parameters(model: Path, params: Path | None) -> ModelParams:
