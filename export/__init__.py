@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 from .loading import load_model
-from .model import ExportedNorm, exported_norms, quantize_model, to_onnx
+from .model import ExportedNorm, Replacement, exported_norms, quantize_model, replace_norms, to_onnx
 from .norms import Norm, find_norms
 from .qdq import Border, find_border
 from .subgraph import Form, Word
 from .verify import NormCheck, OutputCheck, Verification, Verifier, verify
+from .writing import export_model
 
 __all__ = [
     "Border",
@@ -20,14 +21,17 @@ __all__ = [
     "Norm",
     "NormCheck",
     "OutputCheck",
+    "Replacement",
     "Verification",
     "Verifier",
     "Word",
+    "export_model",
     "exported_norms",
     "find_border",
     "find_norms",
     "load_model",
     "quantize_model",
+    "replace_norms",
     "to_onnx",
     "verify",
 ]

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from ..errors import ModelError
-from . import fused
+from . import fused, versions
 from .decomposed import ROOTS
 from .names import unique_name
 from .norms import find_norms
@@ -31,24 +31,26 @@ _FUNCTION, _INSIDE = "fxp_layernorm.function", "fxp_layernorm.inside"
 _Identifier = tuple[str, str, str]
 
 
-def load_model(model: Model) -> ir.Model:
+def load_model(model: Model, *, opset: int | None = None) -> ir.Model:
     """Return a model as onnx_ir.Model, prepared for `find_norms`, with its shapes inferred where they can be.
 
     Parameters
     ----------
     model : path, onnx.ModelProto or onnx_ir.Model
-        An onnx_ir.Model is returned as it is: it must be the result of an earlier call.
+        An onnx_ir.Model must be the result of an earlier call, and is returned as it is, unless its opset is raised.
+    opset : int, optional
+        Raise the model to this opset.
 
     Raises
     ------
     ModelError
-        If the file can't be read or is no valid ONNX model.
+        If the file can't be read, is no valid ONNX model, or its opset can't be raised.
     """
-    if isinstance(model, ir.Model):
+    if isinstance(model, ir.Model) and opset is None:
         return model
-    name = "the model" if isinstance(model, onnx.ModelProto) else Path(model)
+    name = Path(model) if isinstance(model, str | PathLike) else "the model"
     try:
-        loaded = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else ir.load(model)
+        loaded = _read(model)
     except OSError as error:
         raise ModelError(f"{name} can't be read: {error.strerror or error}") from error
     except Exception as error:  # protobuf and onnx_ir share no base
@@ -56,6 +58,8 @@ def load_model(model: Model) -> ir.Model:
         raise ModelError(f"{name} is not a valid ONNX model: {reason}") from error
     if not loaded.graph.opset_imports or not len(loaded.graph):
         raise ModelError(f"{name} is not a valid ONNX model: it has no opset or no node; it may be cut short")
+    if opset is not None:
+        loaded = versions.raised(loaded, opset)
     with _silent():
         _inline_functions_of_norms(loaded)
         _separate_names(loaded)
@@ -65,6 +69,14 @@ def load_model(model: Model) -> ir.Model:
         fused.show_sum(node, taken)
     _bring_inputs_inside(loaded, taken)
     return loaded
+
+
+def _read(model: Model) -> ir.Model:
+    if isinstance(model, ir.Model):
+        restored = model.clone()
+        restore(restored, ())
+        return restored
+    return ir.from_proto(model) if isinstance(model, onnx.ModelProto) else ir.load(model)
 
 
 def _infer_shapes(model: ir.Model) -> None:

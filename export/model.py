@@ -88,10 +88,34 @@ def to_onnx(
     return ir.to_proto(model)
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """A model with integer norms.
+
+    Attributes
+    ----------
+    model : onnx_ir.Model
+        Its external data stay where they are.
+    norms : tuple of ExportedNorm
+        Those that were replaced.
+    left : dict of str to str
+        Why each other norm stays float.
+    """
+
+    model: ir.Model
+    norms: tuple[ExportedNorm, ...]
+    left: dict[str, str]
+
+
 def quantize_model(
-    model: Model, params: ModelParams, form: Form | str = Form.FUNCTION, word: Word | str = Word.INT64
+    model: Model,
+    params: ModelParams,
+    form: Form | str = Form.FUNCTION,
+    word: Word | str = Word.INT64,
+    *,
+    opset: int | None = None,
 ) -> onnx.ModelProto:
-    """Return a copy of a model with its norms replaced by integer ones.
+    """Return a copy of a model with its norms replaced by integer ones, its external data brought into it.
 
     Each norm becomes: quantize with the spec's input scales, the integer subgraph, dequantize with the output scales.
 
@@ -102,18 +126,35 @@ def quantize_model(
         For the norms to replace, by name; others stay as they are.
     form, word
         As in `to_onnx`.
+    opset : int, optional
+        Raise the model to this opset first, and its IR version to the opset's; by default both are kept.
 
     Raises
     ------
     ModelError
         If the model can't be read, lacks a norm of `params`, or one of them has other weights than its spec.
     """
+    replaced = replace_norms(model, params, form, word, opset=opset).model
+    load_external_data(replaced)
+    return ir.to_proto(replaced)
+
+
+def replace_norms(
+    model: Model,
+    params: ModelParams,
+    form: Form | str = Form.FUNCTION,
+    word: Word | str = Word.INT64,
+    *,
+    opset: int | None = None,
+) -> Replacement:
+    """Return what `quantize_model` returns, with its external data left outside, and what was done."""
     form, word = _parse(form, word)
-    graph_model = load_model(model).clone()
-    opset = graph_model.graph.opset_imports.get("", 0)
+    graph_model = load_model(model, opset=opset).clone()
+    version = graph_model.graph.opset_imports.get("", 0)
     if graph_model.ir_version < IR_VERSION and form is Form.FUNCTION:
         raise ModelError(
-            f"functions need IR version {IR_VERSION}; the model has {graph_model.ir_version}. Use --form inline"
+            f"functions need IR version {IR_VERSION}; the model has {graph_model.ir_version}. "
+            "Use --form inline, or --opset to raise both"
         )
     norms = {norm.name: norm for norm in find_norms(graph_model)}
     taken = set(ir.convenience.create_value_mapping(graph_model.graph))
@@ -125,15 +166,16 @@ def quantize_model(
         _check_same(norm, entry)
         assert norm is not None
         if fused.adds(norm.nodes[0]):
-            norm = dataclasses.replace(norm, nodes=(fused.split(norm.nodes[0], opset),))
-        where, needed = _replace(graph_model, norm, entry, form, word, opset, taken)
+            norm = dataclasses.replace(norm, nodes=(fused.split(norm.nodes[0], version),))
+        where, needed = _replace(graph_model, norm, entry, form, word, version, taken)
         exported.append(where)
         functions.update(needed)
     restore(graph_model, [norm.input for norm in exported])
     _add_functions(graph_model, functions)
     graph_model.metadata_props[METADATA_KEY] = json.dumps([vars(norm) for norm in exported])
-    load_external_data(graph_model)
-    return ir.to_proto(graph_model)
+    names = {norm.name for norm in exported}
+    left = {name: norm.blocker or "there are no parameters for it" for name, norm in norms.items() if name not in names}
+    return Replacement(graph_model, tuple(exported), left)
 
 
 def exported_norms(model: ir.Model) -> list[ExportedNorm]:

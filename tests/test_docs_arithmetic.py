@@ -47,7 +47,11 @@ def test_each_equation_names_one_function() -> None:
 
 def test_named_functions_exist() -> None:
     names = set(re.findall(r"\[([a-z_]+\.[A-Za-z_.]+)\]$", TEXT, re.M))
-    names |= set(re.findall(r"`((?:adder|errors|hardware|kernels|planner|proof|quantization|reference|spec)\.[A-Za-z_.]+)`", TEXT))
+    names |= set(
+        re.findall(
+            r"`((?:adder|errors|hardware|kernels|planner|proof|quantization|reference|spec)\.[A-Za-z_.]+)`", TEXT
+        )
+    )
     assert len(names) > 10
     for name in sorted(names):
         module, _, attribute = name.partition(".")

@@ -8,9 +8,10 @@ from os import PathLike
 from typing import Any
 
 import numpy.typing as npt
+import onnx_ir as ir
 
 from ..errors import DataError, FxpError
-from ..export import OutputCheck, load_model, quantize_model
+from ..export import OutputCheck, load_model, replace_norms
 from ..export.loading import Model
 from ..params import ModelParams
 from ..runtime import Feed, Feeds, Session
@@ -68,7 +69,7 @@ def analyze_model(
     loaded = load_model(model)
     if model_name is None:
         model_name = str(model) if isinstance(model, str | PathLike) else "MODEL.onnx"
-    everything = quantize_model(loaded, params)  # refuses parameters of another model before anything runs
+    everything = replace_norms(loaded, params).model  # refuses parameters of another model before anything runs
     command = Command(model_name, calibration_name or data_name, params_name)
     analyzers = [NormAnalyzer(norm.spec, norm.name, command) for norm in params.norms]
     session = Session(loaded, {norm.input: norm.spec.normalized_shape for norm in params.norms})
@@ -90,7 +91,7 @@ def analyze_model(
 
     harm = []
     for norm in params.norms:
-        only = quantize_model(loaded, replace(params, norms=(norm,)))
+        only = replace_norms(loaded, replace(params, norms=(norm,))).model
         harm.append(_harm(norm.name, only, held))
         advance()
     together = _harm(None, everything, held)
@@ -103,8 +104,8 @@ def analyze_model(
     )  # fmt: skip
 
 
-def _harm(norm: str | None, model: Model, held: list[_Held]) -> Harm:
-    session = Session(load_model(model))
+def _harm(norm: str | None, model: ir.Model, held: list[_Held]) -> Harm:
+    session = Session(model)
     checks = {name: OutputCheck(name) for name in session.outputs}
     for entry in held:
         values = session.run(entry.feed)

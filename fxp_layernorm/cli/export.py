@@ -25,8 +25,12 @@ from . import common
     "--word", type=click.Choice(["int64"]), default="int64", show_default=True,
     help="The widest integers of the graph.",
 )  # fmt: skip
+@click.option(
+    "--opset", type=click.IntRange(1), metavar="N",
+    help="Raise the model to this opset first, and its IR version with it. [default: both are kept]",
+)  # fmt: skip
 @common.json_option
-def export(model: Path, params: Path | None, out: Path, form: str, word: str, as_json: bool) -> None:
+def export(model: Path, params: Path | None, out: Path, form: str, word: str, opset: int | None, as_json: bool) -> None:
     """Replace the norms of MODEL by integer ones, with the parameters that `calibrate` wrote.
 
     Without PARAMS those norms are replaced that stand between DequantizeLinear and QuantizeLinear: such a norm takes
@@ -38,21 +42,31 @@ def export(model: Path, params: Path | None, out: Path, form: str, word: str, as
       fxp-layernorm export model.onnx params.json -o integer.onnx --form inline
       fxp-layernorm export quantized.onnx -o integer.onnx
     """
-    import onnx
+    import onnx_ir as ir
 
-    from ..export import quantize_model
-    from ..files import atomic_path
+    from ..export import export_model
 
     output = common.Output(as_json)
     loaded = common.parameters(model, params)
-    proto = quantize_model(model, loaded, form=form, word=word)
-    with atomic_path(out) as temporary:
-        onnx.save(proto, temporary)
-    before = len(onnx.load(model, load_external_data=False).graph.node)
+    done = export_model(model, loaded, out, form=form, word=word, opset=opset)
+    before, after = (sum(1 for _ in graph.all_nodes()) for graph in (ir.load(model).graph, done.model.graph))
+    replaced = [norm.name for norm in done.norms]
     document = {
-        "replaced": len(loaded.norms), "nodes_added": len(proto.graph.node) - before, "functions": len(proto.functions),
-        "form": form, "word": word, "out": str(out),
+        "replaced": len(replaced), "nodes_added": after - before,
+        "functions": len(done.model.functions), "form": form, "word": word,
+        "opset": done.model.opset_imports.get("", 0), "out": str(out),
     }  # fmt: skip
-    rows = list(document.items())
-    output.result(document, common.table(f"{model.name} with integer norms", ("", ""), rows))
-    output.close(f"{common.count(len(loaded.norms), 'norm')} replaced in {out}")
+    tables = [
+        common.table(f"{model.name} with integer norms", ("", ""), list(document.items())),
+        common.table("Norms", ("norm", "is"), [*((name, "replaced") for name in replaced), *_left(done.left)]),
+    ]
+    output.result(
+        document | {"norms": replaced, "left": [{"name": name, "reason": done.left[name]} for name in done.left]},
+        *tables,
+    )
+    left = f", {len(done.left)} stay float" if done.left else ""
+    output.close(f"{common.count(len(replaced), 'norm')} replaced in {out}{left}")
+
+
+def _left(left: dict[str, str]) -> list[tuple[str, str]]:
+    return [(name, f"float: {reason}") for name, reason in left.items()]
