@@ -72,7 +72,7 @@ def append(
     if opset < layout.opset:
         raise ModelError(
             f"the norm {name!r} needs opset {layout.opset} to be replaced; the model has {opset}. "
-            "Raise it with onnx.version_converter.convert_version"
+            "Raise it with --opset (opset=)"
         )
     attributes, channels = int64.attributes(spec), int64.tensors(spec, layout)
     if form is Form.INLINE:
