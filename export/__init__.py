@@ -6,22 +6,25 @@
 
 from __future__ import annotations
 
+from .diagnosis import CodeDifference, StageDifference
 from .loading import load_model
 from .model import ExportedNorm, Replacement, exported_norms, quantize_model, replace_norms, to_onnx
 from .norms import Norm, find_norms
 from .qdq import Border, find_border
 from .subgraph import Form, Word
-from .verify import NormCheck, OutputCheck, Verification, Verifier, verify
+from .verify import NormCheck, OutputCheck, Verification, Verifier, probe, verify
 from .writing import export_model
 
 __all__ = [
     "Border",
+    "CodeDifference",
     "ExportedNorm",
     "Form",
     "Norm",
     "NormCheck",
     "OutputCheck",
     "Replacement",
+    "StageDifference",
     "Verification",
     "Verifier",
     "Word",
@@ -30,6 +33,7 @@ __all__ = [
     "find_border",
     "find_norms",
     "load_model",
+    "probe",
     "quantize_model",
     "replace_norms",
     "to_onnx",

@@ -40,7 +40,8 @@ class ExportedNorm:
     """Where a replaced norm's values are in the exported model: its float input and output, and the codes between.
 
     A norm that stood between quantizers has no float input and output any more. `stages` names the values between the
-    codes by their letters in docs/arithmetic.md; those of a function node are named so in the function itself.
+    codes by their letters in docs/arithmetic.md; those of a function node are named so in the function itself. `word`
+    is the word of the subgraph.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ExportedNorm:
     codes_out: str
     output: str | None
     stages: dict[str, str] = field(default_factory=dict)
+    word: str = Word.INT64
 
 
 def to_onnx(
@@ -79,7 +81,9 @@ def to_onnx(
     shape = [*leading, *spec.normalized_shape]
     q = ir.Value(name="q", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.from_numpy(spec.input.dtype.numpy)))
     tape = Tape()
-    y, functions, _ = subgraph.append(tape, spec, q, rank=len(shape), form=form, word=word, name="", opset=OPSET)
+    y, functions, stages = subgraph.append(tape, spec, q, rank=len(shape), form=form, word=word, name="", opset=OPSET)
+    for letter, value in stages.items():
+        value.name = letter
     y.name, y.shape = "y", ir.Shape(shape)
     y.type = ir.TensorType(ir.DataType.from_numpy(spec.output.dtype.numpy))
     graph = ir.Graph([q], [y], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": OPSET}, name="norm")
@@ -168,7 +172,7 @@ def replace_norms(
         if fused.adds(norm.nodes[0]):
             norm = dataclasses.replace(norm, nodes=(fused.split(norm.nodes[0], version),))
         where, needed = _replace(graph_model, norm, entry, form, word, version, taken)
-        exported.append(where)
+        exported.append(dataclasses.replace(where, word=word))
         functions.update(needed)
     restore(graph_model, [norm.input for norm in exported])
     _add_functions(graph_model, functions)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+import onnx_ir as ir
 
 from ..errors import DataError, InputError, ModelError
+from ..exposure import expose
 from ..inference import FxpLayerNorm
 from ..params import ModelParams
-from ..runtime import Feed, Feeds, Session
+from ..quantization import DType
+from ..runtime import Feed, Feeds, Session, load_external_data
+from ..spec import LayerNormSpec
+from .diagnosis import (
+    MOST_ROWS,
+    OTHERWISE_RIGHT,
+    CodeDifference,
+    StageDifference,
+    differing_codes,
+    first_difference,
+    with_stages,
+)
 from .loading import Model, load_model
 from .model import ExportedNorm, exported_norms
 
@@ -31,12 +45,18 @@ class NormCheck:
     border_mismatches : int
         Input codes that differ from the quantized float input, and float outputs that differ from the dequantized
         output codes. Not counted where the floats are no float32: consumers may keep more of a float16 than they show.
+    differences : list of CodeDifference
+        The first output codes that differ.
+    stage : StageDifference or None
+        The first stage of the norm that differs, where one was found.
     """
 
     name: str
     codes: int = 0
     mismatches: int = 0
     border_mismatches: int = 0
+    differences: list[CodeDifference] = field(default_factory=list)
+    stage: StageDifference | None = None
 
 
 @dataclass
@@ -116,7 +136,7 @@ class Verification:
 
 
 class Verifier:
-    """Runs an exported model and compares it, a feed at a time.
+    """Runs an exported model, or takes what another consumer made of it, and compares it, a feed at a time.
 
     Parameters
     ----------
@@ -124,6 +144,9 @@ class Verifier:
         What `quantize_model` made.
     params : ModelParams
         What it was made with.
+    results : Feeds, optional
+        The values of `probe`'s outputs, computed elsewhere, in the order of the feeds. Without them ONNX Runtime runs
+        the model.
 
     Raises
     ------
@@ -131,7 +154,7 @@ class Verifier:
         If the model can't be read or loaded, or doesn't hold the norms of `params`.
     """
 
-    def __init__(self, exported: Model, params: ModelParams) -> None:
+    def __init__(self, exported: Model, params: ModelParams, results: Feeds | None = None) -> None:
         model = load_model(exported)
         self._places = exported_norms(model)
         specs = {norm.name: norm.spec for norm in params.norms}
@@ -139,19 +162,21 @@ class Verifier:
         if names != set(specs):
             odd = sorted(names ^ set(specs))[0]
             raise ModelError(f"the norm {odd!r} is in only one of the exported model and the parameters")
+        self._specs = specs
         self._kernels = {name: FxpLayerNorm(spec) for name, spec in specs.items()}
         self._norms = {name: NormCheck(name) for name in specs}
-        values = {
-            value: specs[place.name].normalized_shape
-            for place in self._places
-            for value in (place.input, place.codes_in, place.codes_out, place.output)
-            if value is not None
-        }
-        self._session = Session(model, values)
-        self._outputs = {name: OutputCheck(name) for name in self._session.outputs}
+        self._outputs = {output.name or "": OutputCheck(output.name or "") for output in model.graph.outputs}
+        self._feeds = 0
+        self._model, self._stages = with_stages(model, self._places)
+        self._session: Session | None = None
+        self._results: Iterator[Feed] | None = None
+        if results is None:
+            self._session = Session(model, {name: specs[norm].normalized_shape for name, norm in _values(self._places)})
+        else:
+            self._results = iter(results)
 
     def update(self, feed: Feed, expected: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Run one feed and compare.
+        """Run one feed, or take the next results, and compare.
 
         Parameters
         ----------
@@ -169,42 +194,139 @@ class Verifier:
         ModelError
             If the two models have different outputs.
         DataError
-            If the feed doesn't fit.
+            If the feed or the results don't fit.
         """
-        values = self._session.run(feed)
-        for place in self._places:
-            self._compare(place, values)
+        values = self._session.run(feed) if self._session is not None else self._next(feed)
+        for place, stages in zip(self._places, self._stages, strict=True):
+            self._compare(place, stages, values, feed)
         for name, check in self._outputs.items():
             if name not in expected:
                 raise ModelError(f"the float model has no output {name!r}")
+            if name not in values:  # another consumer's results may be of the norms alone
+                continue
             if not isinstance(values[name], np.ndarray):
                 raise ModelError(
                     f"the output {name!r} is a {type(values[name]).__name__}; only tensors can be compared"
                 )
             check.update(expected[name], values[name])
-        return {name: values[name] for name in self._outputs}
+        self._feeds += 1
+        return {name: values[name] for name in self._outputs if name in values}
 
     def result(self) -> Verification:
-        """Return the counts so far."""
+        """Return the counts so far.
+
+        Raises
+        ------
+        DataError
+            If more results were given than feeds.
+        """
+        if self._results is not None and next(self._results, None) is not None:
+            raise DataError(f"there are more results than feeds, of which there are {self._feeds}")
         return Verification(list(self._norms.values()), list(self._outputs.values()))
 
-    def _compare(self, place: ExportedNorm, values: Mapping[str, npt.NDArray[Any]]) -> None:
+    def _next(self, feed: Feed) -> dict[str, npt.NDArray[Any]]:
+        assert self._results is not None
+        values = next(self._results, None)
+        if values is None:
+            raise DataError(f"there are results of {self._feeds} feeds only")
+        codes = {}
+        for place in self._places:
+            spec = self._specs[place.name]
+            for name, dtype in ((place.codes_in, spec.input.dtype), (place.codes_out, spec.output.dtype)):
+                codes[name] = _narrowed({**feed, **values}, name, dtype)
+        return {**values, **codes}
+
+    def _compare(
+        self, place: ExportedNorm, stages: Mapping[str, str], values: Mapping[str, npt.NDArray[Any]], feed: Feed
+    ) -> None:
+        check, kernel, spec = self._norms[place.name], self._kernels[place.name], self._specs[place.name]
         codes_in, codes_out = values[place.codes_in], values[place.codes_out]
-        check, kernel = self._norms[place.name], self._kernels[place.name]
         check.codes += codes_out.size
         try:
-            check.mismatches += int(np.count_nonzero(kernel(codes_in) != codes_out))
+            expected = kernel(codes_in)
         except InputError as error:
             raise ModelError(f"the norm {place.name!r} was exported with other parameters: {error}") from error
-        x, y = (None if name is None else values[name] for name in (place.input, place.output))
+        if expected.shape != codes_out.shape:
+            raise DataError(f"{place.codes_out!r} has the shape {codes_out.shape}; it must have {expected.shape}")
+        if not np.array_equal(expected, codes_out):
+            check.mismatches += int(np.count_nonzero(expected != codes_out))
+            if not check.differences:
+                check.differences = differing_codes(self._feeds, _rows(expected, spec), _rows(codes_out, spec))
+                check.stage = self._first_stage(place, stages, values, feed)
+        x, y = (values.get(name) if name is not None else None for name in (place.input, place.output))
         if x is not None and x.dtype == np.float32:
             check.border_mismatches += int(np.count_nonzero(kernel.quantize(x) != codes_in))
         if y is not None and y.dtype == np.float32:
             check.border_mismatches += int(np.count_nonzero(kernel.dequantize(codes_out) != y))
 
+    def _first_stage(
+        self, place: ExportedNorm, stages: Mapping[str, str], values: Mapping[str, npt.NDArray[Any]], feed: Feed
+    ) -> StageDifference | None:
+        """Return the first stage that differs: of the results where they hold stages, else of another run."""
+        spec, kernel = self._specs[place.name], self._kernels[place.name]
+        if self._session is not None:
+            shapes = {place.codes_in: spec.normalized_shape, place.codes_out: spec.normalized_shape}
+            shapes |= {name: (spec.n if letter[0] in "ut" else 1,) for letter, name in stages.items()}
+            values = Session(self._model, shapes).run(feed)
+        codes, got = values[place.codes_in], _rows(values[place.codes_out], spec)
+        wrong = np.flatnonzero(np.any(_rows(kernel(codes), spec) != got, axis=1))[:MOST_ROWS]
+        if not wrong.size:
+            return OTHERWISE_RIGHT
+        held = {
+            letter: np.reshape(values[name], (len(got), -1))[wrong] for letter, name in stages.items() if name in values
+        }
+        return first_difference(spec, place.word, _rows(codes, spec)[wrong], got[wrong], held) if held else None
+
+
+def _values(places: list[ExportedNorm]) -> list[tuple[str, str]]:
+    """Return the names of the values that are compared in every run, each with that of its norm."""
+    values = [(place.name, (place.input, place.codes_in, place.codes_out, place.output)) for place in places]
+    return [(value, norm) for norm, names in values for value in names if value is not None]
+
+
+def _narrowed(values: Mapping[str, npt.NDArray[Any]], name: str, dtype: DType) -> npt.NDArray[Any]:
+    """Return codes; other consumers may give them in wider types."""
+    if name not in values:
+        raise DataError(f"the results lack {name!r}; write the model that gives it, to be run elsewhere, with --probe")
+    codes = np.asarray(values[name])
+    narrow = codes.astype(dtype.numpy)
+    if not np.array_equal(narrow, codes):
+        raise DataError(f"the results hold {name!r} in {codes.dtype}, with values that are no {dtype}")
+    return narrow
+
+
+def _rows(codes: npt.NDArray[Any], spec: LayerNormSpec) -> npt.NDArray[Any]:
+    return codes.reshape(-1, spec.n)
+
+
+def probe(exported: Model) -> onnx.ModelProto:
+    """Return an exported model with the norms' codes and stages as further outputs.
+
+    Run elsewhere, it gives what `Verifier` takes as results.
+
+    Raises
+    ------
+    ModelError
+        If the model can't be read, or has no integer norms.
+    """
+    model = load_model(exported)
+    places = exported_norms(model)
+    staged, stages = with_stages(model, places)
+    load_external_data(staged)
+    proto = ir.to_proto(staged)
+    names = [name for name, _ in _values(places)] + [name for own in stages for name in own.values()]
+    expose(proto, dict.fromkeys(names, ()))
+    return onnx.shape_inference.infer_shapes(proto)  # outputs must have types
+
 
 def verify(
-    model: Model, exported: Model, params: ModelParams, feeds: Feeds, *, advance: Callable[[], None] = lambda: None
+    model: Model,
+    exported: Model,
+    params: ModelParams,
+    feeds: Feeds,
+    *,
+    results: Feeds | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> Verification:
     """Run both models on data and compare them.
 
@@ -217,6 +339,8 @@ def verify(
         The float model, and what `quantize_model` made of it.
     params : ModelParams
     feeds : Feeds
+    results : Feeds, optional
+        What another consumer made of `exported`, as of `probe`; without them ONNX Runtime runs it.
     advance : callable
         Called after each feed.
 
@@ -227,7 +351,7 @@ def verify(
     DataError
         If the feeds don't fit.
     """
-    verifier, reference = Verifier(exported, params), Session(load_model(model))
+    verifier, reference = Verifier(exported, params, results), Session(load_model(model))
     for feed in feeds:
         verifier.update(feed, reference.run(feed))
         advance()

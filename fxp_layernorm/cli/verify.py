@@ -10,6 +10,8 @@ import click
 from . import common
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from ..export import Verification
 
 
@@ -18,23 +20,45 @@ if TYPE_CHECKING:
 @click.argument("out", type=common.PATH)
 @common.optional_params_argument
 @common.data_option
+@click.option(
+    "--results",
+    metavar="DATA",
+    help="What another consumer made of the model that --probe writes: arrays by the names of its outputs, in the form "
+    "and the order of the feeds. They are held against the kernel; ONNX Runtime doesn't run OUT.",
+)
+@click.option(
+    "--probe", type=common.PATH, help="Write OUT with every norm's codes and stages as outputs, to be run elsewhere."
+)
 @common.json_option
-def verify(model: Path, out: Path, params: Path | None, data: str, as_json: bool) -> None:
+def verify(
+    model: Path, out: Path, params: Path | None, data: str, results: str | None, probe: Path | None, as_json: bool
+) -> None:  # fmt: skip
     """Run MODEL and OUT, its integer form, on data, and hold every replaced norm against the kernel, bit by bit.
 
-    PARAMS is the file that `export` took, if it took one. The outputs are compared with the float model's.
+    PARAMS is the file that `export` took, if it took one. The outputs are compared with the float model's. Of a norm
+    that differs, the first codes are listed, and the first stage of its subgraph that is not what it should be.
 
     \b
-    Example:
+    Examples:
       fxp-layernorm verify model.onnx integer.onnx params.json --data feeds/
+      fxp-layernorm verify model.onnx integer.onnx params.json --data feeds/ --probe probe.onnx
+      fxp-layernorm verify model.onnx integer.onnx params.json --data feeds/ --results device/
     """
+    import onnx
+
+    from ..export import probe as probe_of
     from ..export import verify as run
+    from ..files import atomic_path
     from ..runtime import Feeds
 
     output = common.Output(as_json)
     feeds, loaded = Feeds(data), common.parameters(model, params)
     with output.progress("Verifying", len(feeds)) as advance:
-        result = run(model, out, loaded, feeds, advance=advance)
+        computed = None if results is None else Feeds(results)
+        result = run(model, out, loaded, feeds, results=computed, advance=advance)
+    if probe is not None:
+        with atomic_path(probe) as temporary:
+            onnx.save(probe_of(out), temporary)
     norms = common.table(
         f"{out.name}: codes that differ from the kernel's",
         ("norm", "codes", "differ", "differ at the border"),
@@ -45,8 +69,17 @@ def verify(model: Path, out: Path, params: Path | None, data: str, as_json: bool
         ("output", "cosine", "largest difference", "SQNR, dB"),
         [(check.name, f"{check.cosine:.6f}", check.max_abs, check.sqnr_db) for check in result.outputs],
     )
-    output.result(document(result), norms, outputs)
+    output.result(document(result), norms, outputs, *_failures(result))
     output.close(summary(result), passed=result.exact)
+
+
+def _failures(result: Verification) -> list[Group]:
+    """Return tables of what differs."""
+    codes = [(norm.name, *vars(code).values()) for norm in result.norms for code in norm.differences]
+    stages = [(norm.name, str(norm.stage)) for norm in result.norms if norm.stage is not None]
+    columns = ("norm", "feed", "row", "channel", "expected", "got")
+    tables = [common.table("The first codes that differ", columns, codes)] if codes else []
+    return [*tables, common.table("The first stage that differs", ("norm", "stage"), stages)] if stages else tables
 
 
 def document(result: Verification) -> dict[str, Any]:
@@ -57,6 +90,8 @@ def document(result: Verification) -> dict[str, Any]:
             {
                 "name": norm.name, "codes": norm.codes, "mismatches": norm.mismatches,
                 "border_mismatches": norm.border_mismatches,
+                "differences": [vars(code) for code in norm.differences],
+                "stage": None if norm.stage is None else vars(norm.stage),
             }
             for norm in result.norms
         ],

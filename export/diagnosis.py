@@ -1,0 +1,225 @@
+"""Where a consumer goes wrong: the codes that differ, and the first stage of the norm that does.
+
+The subgraph's stages carry the letters of docs/arithmetic.md. Each is held against the same subgraph, written anew
+from the spec and run by ONNX's reference operators, so that it doesn't matter in which form a word keeps a stage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from ..errors import ModelError
+from ..spec import LayerNormSpec
+from .model import ExportedNorm, to_onnx
+from .subgraph import Word
+
+Array = npt.NDArray[Any]
+
+#: What each stage is, in the order of computation; of a stage in parts, "V.high" is one of V.
+STAGES = {
+    "u": "the input codes as integers (Cast, zero point, channel exponents)",
+    "S": "the sum of a row",
+    "Q": "the sum of a row's squares",
+    "V": "the variance, n*Q - S^2 and eps",
+    "r": "the integer square root",
+    "R": "its reciprocal, by division",
+    "c": "the mean, by division",
+    "D": "what the mean leaves, by division",
+    "t": "the normalized value: times R, shifted to the right",
+    "y": "the output code: gain, offset, shift and clamp",
+}
+_LETTER = re.compile(rf"([{''.join(STAGES)}])(\..+)?")
+#: Rows that are examined, and codes that are listed, at most.
+MOST_ROWS, MOST_CODES = 16, 5
+
+
+@dataclass(frozen=True)
+class CodeDifference:
+    """An output code that differs: the feed and the row of its codes, both counted from 0, and the channel."""
+
+    feed: int
+    row: int
+    channel: int
+    expected: int
+    got: int
+
+
+@dataclass(frozen=True)
+class StageDifference:
+    """The first stage that differs.
+
+    Attributes
+    ----------
+    stage : str
+        Its letter in docs/arithmetic.md, or an empty string where no stage differs once the stages are outputs.
+    expected, got : float or None
+        The first value that differs; integers, whatever type the word carries them in. None where it is not finite.
+    values, differ : int
+        How many values were compared, and how many of them differ.
+    hint : str
+        What is known to have such an effect.
+    """
+
+    stage: str
+    expected: float | None
+    got: float | None
+    values: int
+    differ: int
+    hint: str
+
+    def __str__(self) -> str:
+        if not self.stage:
+            return self.hint
+        found = f"{self.stage}, {STAGES[self.stage]}: {self.differ:,} of {self.values:,} values differ, "
+        got = "not finite" if self.got is None else f"{self.got:.15g}"
+        return f"{found}the first is {got} and should be {self.expected:.15g}. {self.hint}".rstrip()
+
+
+#: What is found where nothing differs any more.
+OTHERWISE_RIGHT = StageDifference(
+    "", None, None, 0, 0, "No code differs once the stages are outputs: the consumer's optimizations change the norm."
+)
+
+
+def differing_codes(feed: int, expected: Array, got: Array) -> list[CodeDifference]:
+    """Return the first codes that differ, of matrices of rows."""
+    return [
+        CodeDifference(feed, row, channel, int(expected[row, channel]), int(got[row, channel]))
+        for row, channel in np.argwhere(expected != got)[:MOST_CODES].tolist()
+    ]
+
+
+def with_stages(model: ir.Model, places: list[ExportedNorm]) -> tuple[ir.Model, list[dict[str, str]]]:
+    """Return a copy of a model whose norms' stages have names in its graph, and these names for each norm.
+
+    In the function form the functions are given further outputs for that.
+    """
+    model = model.clone()
+    values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=True)
+    names: list[dict[str, str]] = []
+    for place in places:
+        node = values[place.codes_out].producer() if place.codes_out in values else None
+        function = None if node is None else model.functions.get(node.op_identifier())
+        if function is None:
+            names.append({letter: name for letter, name in place.stages.items() if name in values})
+            continue
+        stages = [value for inner in function for value in inner.outputs if _LETTER.fullmatch(value.name or "")]
+        stages = [value for value in stages if value not in function.outputs[:1]]
+        if len(function.outputs) == 1:
+            function.outputs.extend(stages)
+        assert node is not None
+        node.resize_outputs(1 + len(stages))
+        own: dict[str, str] = {}
+        for value, stage in zip(node.outputs[1:], stages, strict=True):
+            letter = stage.name or ""
+            own[letter] = value.name = _free(f"{place.name}/{letter}", values)
+            values[value.name] = value
+        names.append(own)
+    return model, names
+
+
+def _free(name: str, taken: Mapping[str, ir.Value]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def first_difference(
+    spec: LayerNormSpec, word: Word | str, codes: Array, got: Array, stages: Mapping[str, Array]
+) -> StageDifference:
+    """Return the first stage in which a consumer differs from the definition.
+
+    Parameters
+    ----------
+    spec : LayerNormSpec
+    word : Word
+        The word of the subgraph that the consumer ran.
+    codes, got : ndarray of shape (rows, n)
+        Input codes, and the output codes that the consumer made of them.
+    stages : mapping of str to ndarray
+        The consumer's stages by their letters, of as many rows.
+    """
+    expected = expected_stages(spec, word, codes)
+    rows = len(codes)
+    for name in sorted(set(stages) & set(expected), key=lambda name: list(STAGES).index(name[0])):
+        wanted, found = (_numbers(values, rows) for values in (expected[name], stages[name]))
+        if wanted.shape != found.shape or not np.array_equal(wanted, found):
+            return _difference(name[0], wanted, found, word)
+    wanted, found = (_numbers(values, rows) for values in (expected["y"], got))
+    if not np.array_equal(wanted, found):
+        return _difference("y", wanted, found, word)
+    return OTHERWISE_RIGHT
+
+
+def expected_stages(spec: LayerNormSpec, word: Word | str, codes: Array) -> dict[str, Array]:
+    """Return every stage of rows of codes, and the output codes as `y`, by ONNX's reference operators."""
+    proto = to_onnx(spec, word=word)
+    named = {output for node in proto.graph.node for output in node.output if _LETTER.fullmatch(output)} - {"y"}
+    proto.graph.output.extend(onnx.helper.make_value_info(name, onnx.TypeProto()) for name in sorted(named))
+    with np.errstate(over="ignore"):  # sums and products may wrap where only their difference counts
+        results = ReferenceEvaluator(proto).run(None, {"q": codes.reshape(-1, *spec.normalized_shape)})
+    return dict(zip(["y", *sorted(named)], results, strict=True))
+
+
+def _numbers(values: Array, rows: int) -> Array:
+    """Return a stage as a matrix of rows, in floats where a consumer may give no integers."""
+    try:
+        return np.asarray(values).reshape(rows, -1)
+    except ValueError:
+        raise ModelError(f"a stage of {rows} rows has the shape {np.shape(values)}") from None
+
+
+def _difference(stage: str, expected: Array, got: Array, word: str) -> StageDifference:
+    if expected.shape != got.shape:
+        raise ModelError(f"the stage {stage} has {got.shape[1]} values a row; it must have {expected.shape[1]}")
+    bad = expected != got
+    first = tuple(np.argwhere(bad)[0])
+    return StageDifference(
+        stage, _finite(expected[first]), _finite(got[first]), expected.size, int(bad.sum()),
+        _hint(stage, expected[bad], got[bad], word),
+    )  # fmt: skip
+
+
+def _finite(value: Any) -> float | None:
+    return value.item() if np.isfinite(value) else None
+
+
+def _carriers() -> list[tuple[Callable[[Array], Array], str]]:
+    """Return what consumers are known to make of integers, silently."""
+    import ml_dtypes
+
+    return [
+        (lambda v: v.astype(np.int64).astype(np.int32), "wrapped to 32 bits: the consumer has no 64-bit integers"),
+        (lambda v: np.clip(v.astype(np.float64), -(2.0**31), 2.0**31 - 1), "saturated to 32 bits"),
+        (lambda v: v.astype(np.float32), "rounded to float32: the consumer carries integers in floats"),
+        (lambda v: v.astype(np.float16), "rounded to float16: the consumer computes in half precision"),
+        (lambda v: v.astype(ml_dtypes.bfloat16), "rounded to bfloat16: the consumer computes in half precision"),
+    ]
+
+
+def _hint(stage: str, expected: Array, got: Array, word: str) -> str:
+    """Return what may have made of the expected values, which all differ, those that were got."""
+    narrower = " Words with narrower integers: --word int24, --word float24." if word == Word.INT64 else ""
+    wide, found = expected.astype(np.float64), got.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for carry, effect in _carriers():
+            if np.array_equal(carry(expected).astype(np.float64), found):
+                return f"All are the right values {effect}.{narrower}"
+    if np.all(np.abs(found - wide) == 1):
+        return (
+            "All are off by one: a quotient or a shift is rounded another way. See how the consumer divides negative "
+            "numbers, whether it replaces a division by a product with the reciprocal, and how it rounds ties."
+        )
+    largest = float(np.max(np.abs(wide)))
+    if stage != "y" and largest >= 2**24:
+        return f"The right values go up to 2^{np.log2(largest):.1f}; floats carry integers to 2^24 only.{narrower}"
+    return ""
