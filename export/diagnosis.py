@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from ..errors import ModelError
+from ..errors import DataError
 from ..spec import LayerNormSpec
 from .model import ExportedNorm, to_onnx
 from .subgraph import Word
@@ -151,10 +151,10 @@ def first_difference(
     expected = expected_stages(spec, word, codes)
     rows = len(codes)
     for name in sorted(set(stages) & set(expected), key=lambda name: list(STAGES).index(name[0])):
-        wanted, found = (_numbers(values, rows) for values in (expected[name], stages[name]))
+        wanted, found = _numbers(expected[name], stages[name], rows)
         if wanted.shape != found.shape or not np.array_equal(wanted, found):
             return _difference(name[0], wanted, found, word)
-    wanted, found = (_numbers(values, rows) for values in (expected["y"], got))
+    wanted, found = _numbers(expected["y"], got, rows)
     if not np.array_equal(wanted, found):
         return _difference("y", wanted, found, word)
     return OTHERWISE_RIGHT
@@ -170,17 +170,22 @@ def expected_stages(spec: LayerNormSpec, word: Word | str, codes: Array) -> dict
     return dict(zip(["y", *sorted(named)], results, strict=True))
 
 
-def _numbers(values: Array, rows: int) -> Array:
-    """Return a stage as a matrix of rows, in floats where a consumer may give no integers."""
+def _numbers(expected: Array, got: Array, rows: int) -> tuple[Array, Array]:
+    """Return a stage as matrices of rows; unsigned integers, in which a word may keep signed ones, as signed ones."""
     try:
-        return np.asarray(values).reshape(rows, -1)
+        got = np.asarray(got).reshape(rows, -1)
     except ValueError:
-        raise ModelError(f"a stage of {rows} rows has the shape {np.shape(values)}") from None
+        raise DataError(f"a stage of {rows} rows has the shape {np.shape(got)}") from None
+    expected = expected.reshape(rows, -1)
+    if expected.dtype.kind == "u" and expected.dtype.itemsize >= 4:
+        signed = np.dtype(f"i{expected.dtype.itemsize}")
+        return expected.astype(signed), got.astype(signed) if got.dtype.kind in "iu" else got
+    return expected, got
 
 
 def _difference(stage: str, expected: Array, got: Array, word: str) -> StageDifference:
     if expected.shape != got.shape:
-        raise ModelError(f"the stage {stage} has {got.shape[1]} values a row; it must have {expected.shape[1]}")
+        raise DataError(f"the stage {stage} has {got.shape[1]} values a row; it must have {expected.shape[1]}")
     bad = expected != got
     first = tuple(np.argwhere(bad)[0])
     return StageDifference(

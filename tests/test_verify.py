@@ -69,7 +69,8 @@ def doubled(source: str, target: str) -> Nodes:
 
 
 def negated(source: str, target: str) -> Nodes:
-    return [helper.make_node("Neg", [source], [target])]
+    twice = f"{target}_twice"  # unsigned integers, which wrap, have no Neg
+    return [helper.make_node("Add", [source, source], [twice]), helper.make_node("Sub", [source, twice], [target])]
 
 
 @FORMS
@@ -125,9 +126,10 @@ CARRIERS: dict[str, tuple[str, Callable[[Array], Array], str]] = {
     "floats": ("V", lambda v: v.astype(np.float32), "rounded to float32: the consumer carries integers in floats"),
     "half floats": ("Q", lambda v: v.astype(np.float16), "rounded to float16"),
     "brain floats": ("Q", lambda v: v.astype(ml_dtypes.bfloat16), "rounded to bfloat16"),
-    "truncation": ("t", lambda v: v + (v < 0), "All are off by one"),
+    "rounding": ("R", lambda v: v - 1, "All are off by one"),
     "anything": ("V", lambda v: v * 3, "floats carry integers to 2^24 only. Words with narrower"),
     "anything small": ("D", lambda v: v * 0 + 7, "should be"),
+    "unsigned integers": ("u", lambda v: v.astype(np.int64) * 0 + 2**32 - 7, "the first is -7 and"),
     "a division by zero": ("t", lambda v: v / 0.0, "not finite"),
 }  # fmt: skip
 
