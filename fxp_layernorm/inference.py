@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -57,6 +59,8 @@ class FxpLayerNorm:
         self._simple = last and spec.adder is None and (spec.input.lo, spec.input.hi) == _ends(self._in_dtype)
         self._last = last
         self._arguments = _kernel_arguments(spec)
+        together = len(spec.axes) == spec.axes[-1] - spec.axes[0] + 1
+        self._columns = _column_arguments(spec, self._arguments) if together and not last and not spec.adder else ()
         self._adder = None if spec.adder is None else _adder_arguments(spec)
 
     def __repr__(self) -> str:
@@ -74,9 +78,10 @@ class FxpLayerNorm:
     ) -> _Array:
         """Return the output codes of input codes.
 
-        Rows that lie in memory one after the other, in C order, are taken as they are. Others (axes that are not the
-        last, strided or transposed arrays, an output in the place of an input) are copied, a block that stays in the
-        cache at a time.
+        Nothing is copied where each row lies in one piece and the rows a fixed step apart (contiguous arrays, slices of
+        wider ones), nor where the rows of a contiguous array lie across (the channels of images, unless a residual is
+        added). Whatever else (transposed arrays, axes that are apart, an output in the place of an input) is copied, a
+        block of rows that stays in the cache at a time.
 
         Parameters
         ----------
@@ -115,30 +120,33 @@ class FxpLayerNorm:
 
     def _call(self, operands: list[_Array], out: _Array | None, sums: _Array | None, threads: int | None) -> _Array:
         shape = operands[0].shape
-        direct = self._last and all(codes.flags.c_contiguous and codes.flags.aligned for codes in operands)
-        if out is None:
-            result = np.empty(shape, dtype=self._out_dtype)
-        else:
+        shared: list[_Array] = []
+        result = out
+        if out is not None:
             self._check_out(out, shape)
             shared = [codes for codes in operands if np.may_share_memory(out, codes)]
-            direct = direct and not shared and out.flags.c_contiguous and out.flags.aligned
-            fits = all(_same_place(out, codes) for codes in shared)
-            result = out if fits else np.empty(shape, dtype=self._out_dtype)
+        if result is None or not all(_same_place(result, codes) for codes in shared):
+            result = np.empty(shape, dtype=self._out_dtype)
         results = [result] if sums is None else [result, sums]
-        (self._run_rows if direct else self._run_blocks)(operands, results, threads)
+        arrays = [*operands, *results]
+        rows = [_long_rows(array, len(self._shape)) for array in arrays] if self._last and not shared else [None]
+        if all(array is not None for array in rows):
+            self._run_rows(rows[: len(operands)], rows[len(operands) :], threads)  # type: ignore[arg-type]
+        elif self._columns and not shared and all(array.flags.c_contiguous and array.flags.aligned for array in arrays):
+            self._run_columns(operands[0], result, threads)
+        else:
+            self._run_blocks(operands, results, threads)
         if out is not None and result is not out:
             out[...] = result
             return out
         return result
 
-    def _run_rows(self, operands: list[_Array], results: list[_Array], threads: int | None) -> None:
-        """Compute arrays whose rows lie one after the other, in place."""
-        inputs = [codes.reshape(-1, self._n) for codes in operands]
+    def _run_rows(self, inputs: list[_Array], outputs: list[_Array], threads: int | None) -> None:
+        """Compute rows where they are."""
         for rows in inputs:
             rows.setflags(write=False)  # one type of array for the kernel, whether the caller's is read-only or not
-        outputs = [array.reshape(-1, self._n) for array in results]
         count = len(inputs[0])
-        threads = self._threads(inputs[0].size, count, threads)
+        threads = self._threads(count * self._n, count, threads)
         if threads <= 1:
             self._compute(inputs, outputs)
             return
@@ -146,6 +154,25 @@ class FxpLayerNorm:
         step = -(-count // (4 * threads))
         parts = [slice(start, start + step) for start in range(0, count, step)]
         _share(threads, parts, lambda part: self._compute([rows[part] for rows in inputs], [y[part] for y in outputs]))
+
+    def _run_columns(self, codes: _Array, result: _Array, threads: int | None) -> None:
+        """Compute rows that lie across, such as the channels of images, where they are."""
+        from . import kernels
+
+        end = codes.ndim + self.spec.axes[-1] + 1
+        positions = math.prod(codes.shape[end:])
+        count = codes.size // (self._n * positions) if codes.size else 0
+        inputs, outputs = (array.reshape(count, self._n, positions) for array in (codes, result))
+        inputs.setflags(write=False)
+        threads = self._threads(codes.size, codes.size // self._n, threads)
+        step = positions if threads <= count else -(-positions // (4 * threads))
+        parts = [(i, left) for i in range(count) for left in range(0, positions, step)]
+
+        def work(part: tuple[int, int]) -> None:
+            i, left = part
+            kernels.run_columns(inputs[i], outputs[i], left, min(left + step, positions), *self._columns)
+
+        _share(threads, parts, work)
 
     def _run_blocks(self, operands: list[_Array], results: list[_Array], threads: int | None) -> None:
         """Compute arrays of any layout, by copies of a few rows."""
@@ -223,6 +250,34 @@ class FxpLayerNorm:
             raise InputError("out is read-only")
 
 
+def _long_rows(array: _Array, dims: int) -> _Array | None:
+    """Return a view of rows in C order that reach to the next row, of which the last `dims` dimensions are the start.
+
+    None where these dimensions are not contiguous, or the others not a fixed step apart.
+    """
+    if not array.flags.aligned:
+        return None
+    n = math.prod(array.shape[array.ndim - dims :])
+    if array.flags.c_contiguous:
+        return array.reshape(-1, n)
+    step = array.itemsize
+    for axis in range(array.ndim - 1, array.ndim - 1 - dims, -1):
+        if array.shape[axis] > 1 and array.strides[axis] != step:
+            return None
+        step *= array.shape[axis]
+    leading = [axis for axis in range(array.ndim - dims) if array.shape[axis] > 1]
+    if not leading or not array.size:
+        return None
+    row = array.strides[leading[-1]]
+    for outer, inner in itertools.pairwise(leading):
+        if array.strides[outer] != array.strides[inner] * array.shape[inner]:
+            return None
+    if row < step or row % array.itemsize:
+        return None
+    # of the last row, no more than its first n elements are ever touched
+    return np.lib.stride_tricks.as_strided(array, (array.size // n, row // array.itemsize), (row, array.itemsize))
+
+
 def _same_place(out: _Array, codes: _Array) -> bool:
     """Whether each element of one array lies exactly where that of the other does."""
     return out.ctypes.data == codes.ctypes.data and out.strides == codes.strides and out.itemsize == codes.itemsize
@@ -297,6 +352,16 @@ def _kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
         np.array([spec.A, spec.l], dtype=np.int64) if spec.A else None,
         None if ends == _ends(spec.output.dtype.numpy) else np.array(ends, dtype=np.int64),
     )
+
+
+def _column_arguments(spec: LayerNormSpec, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what `kernels.run_columns` takes: it sums the squares of u itself, in one part."""
+    exponents, G, B, constants, _, *others = arguments
+    square = max(spec.row_stage.codes.largest, 1) ** 2
+    wide = 64 * square >= 1 << 31
+    constants = constants.copy()
+    constants[8] = spec.n if wide else min(((1 << 31) - 1) // square, spec.n)
+    return (exponents, G, B, constants, np.zeros(0, dtype=np.int64 if wide else np.int32), *others)
 
 
 def _adder_arguments(spec: LayerNormSpec) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

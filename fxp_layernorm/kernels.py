@@ -18,6 +18,8 @@ from numba.extending import intrinsic
 
 #: So many channels are done in all rows of a block before the next, as their G and B then stay in the first cache.
 TILE = 2048
+#: So many columns are done together, where rows lie across: their codes of all channels should stay in the cache.
+COLUMNS = 256
 
 
 def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -121,7 +123,7 @@ def row_scale(S, V0, n, m, x, h, E, cut, centred, outer):  # type: ignore[no-unt
 
 
 @_inlined
-def moments(q, i, zero_point, exponents, accumulator, chunk, split):  # type: ignore[no-untyped-def]
+def moments(q, i, n, zero_point, exponents, accumulator, chunk, split):  # type: ignore[no-untyped-def]
     """Return S and Q of row i (equations 0 to 2), Q modulo 2**64.
 
     Sums over chunks that the accumulator's type holds. If `split`, squares reach 31 bits: their sum is then kept
@@ -129,7 +131,6 @@ def moments(q, i, zero_point, exponents, accumulator, chunk, split):  # type: ig
     the zero point is left to the end.
     """
     sum_type = accumulator.dtype.type
-    n = q.shape[1]
     zero = sum_type(zero_point)
     # the codes' middle, as far as it isn't 0; bytes are taken without a sign, which spares half of their product
     origin = np.int64(0)
@@ -187,9 +188,12 @@ def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2, 
 
 @_jit()
 def run(q, out, exponents, G, B, constants, accumulator, outer, ends):  # type: ignore[no-untyped-def]
-    """Compute rows of codes, in blocks that stay in the cache between the two passes over them."""
+    """Compute rows of codes, in blocks that stay in the cache between the two passes over them.
+
+    The rows of `q` and `out` may be longer than n, the length of G: what follows is not looked at.
+    """
     _widest_vectors()  # type: ignore[call-arg]
-    rows, n = q.shape
+    rows, n = len(q), len(G)
     zero_point, m, x, h, E, cut, s1, s2, chunk, centred, split = (
         constants[0], constants[1], constants[2], constants[3], constants[4], constants[5],
         constants[6], constants[7], constants[8], constants[9] != 0, constants[10] != 0,
@@ -200,7 +204,7 @@ def run(q, out, exponents, G, B, constants, accumulator, outer, ends):  # type: 
     for start in range(0, rows, block):
         count = min(block, rows - start)
         for k in range(count):
-            S[k], Q[k] = moments(q, start + k, zero_point, exponents, accumulator, chunk, split)
+            S[k], Q[k] = moments(q, start + k, n, zero_point, exponents, accumulator, chunk, split)
         for k in range(count):
             V0 = n * Q[k] - (S[k] * S[k] if centred else np.int64(0))
             scale, offset = row_scale(S[k], V0, n, m, x, h, E, cut, centred, outer)
@@ -209,6 +213,53 @@ def run(q, out, exponents, G, B, constants, accumulator, outer, ends):  # type: 
             right = min(left + TILE, n)
             for k in range(count):
                 elements(q, out, start + k, left, right, zero_point, exponents, G, B, R[k], M[k], s1, s2, ends)
+
+
+@_jit()
+def run_columns(q, out, left, right, exponents, G, B, constants, accumulator, outer, ends):  # type: ignore[no-untyped-def]
+    """Compute `run` where rows lie across: positions from left to right of arrays of shape (n, positions).
+
+    Vectors go along the positions.
+    """
+    _widest_vectors()  # type: ignore[call-arg]
+    n = len(G)
+    zero_point, m, x, h, E, cut, s1, s2, chunk, centred = (
+        constants[0], constants[1], constants[2], constants[3], constants[4], constants[5],
+        constants[6], constants[7], constants[8], constants[9] != 0,
+    )  # fmt: skip
+    lane, factor, sum_type = B.dtype.type, G.dtype.type, accumulator.dtype.type
+    limits = np.iinfo(out.dtype)
+    lo, hi = (lane(limits.min), lane(limits.max)) if ends is None else (lane(ends[0]), lane(ends[1]))
+    block = min(right - left, COLUMNS)
+    S, Q = np.empty((2, block), np.int64)
+    s, squares = np.empty((2, block), accumulator.dtype)
+    R, M = np.empty((2, block), B.dtype)
+    for start in range(left, right, block):
+        base, count = np.uint64(start), np.uint64(min(block, right - start))
+        S[:], Q[:] = 0, 0
+        for first in range(0, n, chunk):
+            s[:], squares[:] = 0, 0
+            for c in range(first, min(first + chunk, n)):
+                shift = sum_type(0 if exponents is None else exponents[c])
+                for k in range(count):
+                    u = np.left_shift(np.subtract(sum_type(q[c, base + k]), sum_type(zero_point)), shift)
+                    s[k] = np.add(s[k], u)
+                    squares[k] = np.add(squares[k], np.multiply(u, u))
+            for k in range(count):
+                S[k] += s[k]
+                Q[k] += squares[k]
+        for k in range(count):
+            V0 = n * Q[k] - (S[k] * S[k] if centred else np.int64(0))
+            scale, offset = row_scale(S[k], V0, n, m, x, h, E, cut, centred, outer)
+            R[k], M[k] = lane(scale), lane(offset - (np.int64(1) << (s1 - 1)))
+        for c in range(n):
+            shift = lane(0 if exponents is None else exponents[c])
+            gain, offset = lane(G[c]), B[c]
+            for k in range(count):
+                u = np.left_shift(np.subtract(lane(q[c, base + k]), lane(zero_point)), shift)
+                t = np.right_shift(np.subtract(np.multiply(u, R[k]), M[k]), lane(s1))
+                a = np.add(np.multiply(lane(factor(t)), gain), offset)
+                out[c, base + k] = out.dtype.type(min(max(np.right_shift(a, lane(s2)), lo), hi))
 
 
 @_jit()
