@@ -20,7 +20,8 @@ from ..params import ModelParams, NormParams
 from ..quantization import QuantParams
 from ..runtime import load_external_data
 from ..spec import LayerNormSpec
-from . import fused, subgraph
+from . import floating, fused, subgraph
+from .floating import constant
 from .loading import Model, load_model, restore
 from .names import unique_name
 from .norms import Norm, find_norms
@@ -40,8 +41,8 @@ class ExportedNorm:
     """Where a replaced norm's values are in the exported model: its float input and output, and the codes between.
 
     A norm that stood between quantizers has no float input and output any more. `stages` names the values between the
-    codes by their letters in docs/arithmetic.md; those of a function node are named so in the function itself. `word`
-    is the word of the subgraph.
+    codes by their letters in docs/arithmetic.md; those of a function node are named so in the function itself. `form`
+    and `word` are those that it was written in.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ExportedNorm:
     codes_out: str
     output: str | None
     stages: dict[str, str] = field(default_factory=dict)
+    form: str = Form.FUNCTION
     word: str = Word.INT64
 
 
@@ -78,6 +80,8 @@ def to_onnx(
         If the word doesn't hold the spec.
     """
     form, word = _parse(form, word)
+    if form is Form.QDQ:
+        raise ModelError("a norm by itself has no form qdq: it is for norms of a model, with `quantize_model`")
     shape = [*leading, *spec.normalized_shape]
     q = ir.Value(name="q", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.from_numpy(spec.input.dtype.numpy)))
     tape = Tape()
@@ -172,7 +176,7 @@ def replace_norms(
         if fused.adds(norm.nodes[0]):
             norm = dataclasses.replace(norm, nodes=(fused.split(norm.nodes[0], version),))
         where, needed = _replace(graph_model, norm, entry, form, word, version, taken)
-        exported.append(dataclasses.replace(where, word=word))
+        exported.append(dataclasses.replace(where, form=form, word=word))
         functions.update(needed)
     restore(graph_model, [norm.input for norm in exported])
     _add_functions(graph_model, functions)
@@ -227,17 +231,25 @@ def _replace(
     border = border if border is not None and border.fits(spec) else None
     unused = [value for node in norm.nodes for value in node.inputs if value is not None and value is not x]
     tape = Tape()
-    shape = spec.normalized_shape
-    codes_in = border.codes if border else _quantize(tape, x, spec.input, shape, opset)
-    codes_out, functions, stages = subgraph.append(
-        tape, spec, codes_in, rank=len(x.shape) if x.shape is not None else None, form=form, word=word, name=norm.name,
-        opset=opset,
-    )  # fmt: skip
-    if border:
-        nodes, results = (*norm.nodes, *border.quantizers), border.results(tape, codes_out)
-        unused += [x, *(value for node in border.quantizers for value in node.inputs[1:] if value is not None)]
+    shape, functions, stages = spec.normalized_shape, dict[str, ir.Function](), dict[str, ir.Value]()
+    nodes: tuple[ir.Node, ...] = norm.nodes
+    if form is Form.QDQ and border:
+        codes_in, codes_out = border.codes, border.quantizers[0].outputs[0]
+        results = {old: floating.norm(tape, spec, x, opset)}
+    elif form is Form.QDQ:
+        codes_in, codes_out, y = floating.quantizers(tape, spec, x, opset, old.dtype)
+        results = {old: y}
     else:
-        nodes, results = norm.nodes, {old: _dequantize(tape, codes_out, spec.output, shape, opset, old.dtype)}
+        codes_in = border.codes if border else _quantize(tape, x, spec.input, shape, opset)
+        codes_out, functions, stages = subgraph.append(
+            tape, spec, codes_in, rank=len(x.shape) if x.shape is not None else None, form=form, word=word,
+            name=norm.name, opset=opset,
+        )  # fmt: skip
+        if border:
+            nodes, results = (*norm.nodes, *border.quantizers), border.results(tape, codes_out)
+            unused += [x, *(value for node in border.quantizers for value in node.inputs[1:] if value is not None)]
+        else:
+            results = {old: _dequantize(tape, codes_out, spec.output, shape, opset, old.dtype)}
     roles = {codes_in: "codes_in", codes_out: "codes_out", **{value: letter for letter, value in stages.items()}}
     _name(tape, norm.name, taken, roles)
     for value, params in ((codes_in, spec.input), (codes_out, spec.output)):
@@ -276,12 +288,12 @@ def _quantize(tape: Tape, x: ir.Value, params: QuantParams, shape: tuple[int, ..
     if x.dtype != ir.DataType.FLOAT:
         x = op("Cast", [x], {"to": ir.DataType.FLOAT})
     if params.exponents is not None:
-        x = op("Mul", [x, _constant(tape, _powers(params, shape, -1))])
-    dtype, scale = params.dtype.numpy, _constant(tape, np.float32(params.scale))
+        x = op("Mul", [x, constant(tape, _powers(params, shape, -1))])
+    dtype, scale = params.dtype.numpy, constant(tape, np.float32(params.scale))
     if opset >= (13 if dtype.itemsize == 1 else 21):  # the first opset whose QuantizeLinear has the type
-        return op("QuantizeLinear", [x, scale, _constant(tape, dtype.type(params.zero_point))])
-    x = op("Add", [op("Round", [op("Div", [x, scale])]), _constant(tape, np.float32(params.zero_point))])
-    low, high = (_constant(tape, np.float32(end)) for end in (params.lo, params.hi))
+        return op("QuantizeLinear", [x, scale, constant(tape, dtype.type(params.zero_point))])
+    x = op("Add", [op("Round", [op("Div", [x, scale])]), constant(tape, np.float32(params.zero_point))])
+    low, high = (constant(tape, np.float32(end)) for end in (params.lo, params.hi))
     return op("Cast", [op("Clip", [x, low, high])], {"to": ir.DataType.from_numpy(dtype)})
 
 
@@ -289,25 +301,21 @@ def _dequantize(
     tape: Tape, q: ir.Value, params: QuantParams, shape: tuple[int, ...], opset: int, dtype: ir.DataType | None
 ) -> ir.Value:
     """Append ``(q - zero_point) * scale * 2**f``, as `QuantParams.dequantize` computes it, in the old output's type."""
-    op, scale = tape.op, _constant(tape, np.float32(params.scale))
+    op, scale = tape.op, constant(tape, np.float32(params.scale))
     # the first opset whose DequantizeLinear has the type, and for 8 bits the first that ONNX's own reference runs
     if opset >= (19 if params.dtype.numpy.itemsize == 1 else 21):
-        y = op("DequantizeLinear", [q, scale, _constant(tape, params.dtype.numpy.type(params.zero_point))])
+        y = op("DequantizeLinear", [q, scale, constant(tape, params.dtype.numpy.type(params.zero_point))])
     else:
         y = op("Cast", [q], {"to": ir.DataType.FLOAT})
-        y = op("Mul", [op("Sub", [y, _constant(tape, np.float32(params.zero_point))]), scale])
+        y = op("Mul", [op("Sub", [y, constant(tape, np.float32(params.zero_point))]), scale])
     if params.exponents is not None:
-        y = op("Mul", [y, _constant(tape, _powers(params, shape, 1))])
+        y = op("Mul", [y, constant(tape, _powers(params, shape, 1))])
     return y if dtype in (None, ir.DataType.FLOAT) else op("Cast", [y], {"to": dtype})
 
 
 def _powers(params: QuantParams, shape: tuple[int, ...], sign: int) -> npt.NDArray[np.float32]:
     exponents = np.array(params.channel_exponents(math.prod(shape)), dtype=np.float32)
     return np.exp2(sign * exponents).reshape(shape)
-
-
-def _constant(tape: Tape, value: npt.ArrayLike) -> ir.Value:
-    return tape.op("Constant", [], {"value": ir.tensor(np.asarray(value))})
 
 
 def _name(tape: Tape, norm: str, taken: set[str], roles: dict[ir.Value, str]) -> None:

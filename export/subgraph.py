@@ -22,10 +22,11 @@ DOMAIN, DOMAIN_VERSION = "fxp_layernorm", 1
 
 
 class Form(StrEnum):
-    """How a norm stands in the model: as one function node, or as its nodes."""
+    """How a norm stands in the model: as one function node, as its nodes, or in floats between quantizers."""
 
     FUNCTION = "function"
     INLINE = "inline"
+    QDQ = "qdq"
 
 
 class Word(StrEnum):

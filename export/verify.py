@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from ..axes import to_rows
 from ..errors import DataError, InputError, ModelError
 from ..exposure import expose
 from ..inference import FxpLayerNorm
@@ -28,8 +29,10 @@ from .diagnosis import (
     first_difference,
     with_stages,
 )
+from .float_bound import beyond_float32
 from .loading import Model, load_model
 from .model import ExportedNorm, exported_norms
+from .subgraph import Form
 
 
 @dataclass
@@ -45,6 +48,10 @@ class NormCheck:
     border_mismatches : int
         Input codes that differ from the quantized float input, and float outputs that differ from the dequantized
         output codes. Not counted where the floats are no float32: consumers may keep more of a float16 than they show.
+    largest : int
+        The largest difference of an output code, in LSB.
+    beyond : int or None
+        Of a float norm between quantizers, the output codes that no float32 norm gives; None for an integer norm.
     differences : list of CodeDifference
         The first output codes that differ.
     stage : StageDifference or None
@@ -55,8 +62,15 @@ class NormCheck:
     codes: int = 0
     mismatches: int = 0
     border_mismatches: int = 0
+    largest: int = 0
+    beyond: int | None = None
     differences: list[CodeDifference] = field(default_factory=list)
     stage: StageDifference | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the codes are the kernel's, or those of a float norm may be a float32 norm's."""
+        return not self.border_mismatches and not (self.mismatches if self.beyond is None else self.beyond)
 
 
 @dataclass
@@ -125,6 +139,11 @@ class Verification:
         return self.codes > 0 and not any(norm.mismatches or norm.border_mismatches for norm in self.norms)
 
     @property
+    def passed(self) -> bool:
+        """Whether codes were compared, and every norm passed: an integer norm if it is exact."""
+        return self.codes > 0 and all(norm.passed for norm in self.norms)
+
+    @property
     def codes(self) -> int:
         """The number of output codes that were compared."""
         return sum(norm.codes for norm in self.norms)
@@ -164,7 +183,8 @@ class Verifier:
             raise ModelError(f"the norm {odd!r} is in only one of the exported model and the parameters")
         self._specs = specs
         self._kernels = {name: FxpLayerNorm(spec) for name, spec in specs.items()}
-        self._norms = {name: NormCheck(name) for name in specs}
+        floats = {place.name for place in self._places if place.form == Form.QDQ}
+        self._norms = {name: NormCheck(name, beyond=0 if name in floats else None) for name in specs}
         self._outputs = {output.name or "": OutputCheck(output.name or "") for output in model.graph.outputs}
         self._feeds = 0
         self._model, self._stages = with_stages(model, self._places)
@@ -249,10 +269,14 @@ class Verifier:
         if expected.shape != codes_out.shape:
             raise DataError(f"{place.codes_out!r} has the shape {codes_out.shape}; it must have {expected.shape}")
         if not np.array_equal(expected, codes_out):
-            check.mismatches += int(np.count_nonzero(expected != codes_out))
+            rows, wanted, got = (_rows(array, spec) for array in (codes_in, expected, codes_out))
+            check.mismatches += int(np.count_nonzero(wanted != got))
+            check.largest = max(check.largest, int(np.max(np.abs(wanted.astype(np.int64) - got))))
+            if check.beyond is not None:
+                check.beyond += int(np.count_nonzero(beyond_float32(spec, rows, got) & (wanted != got)))
             if not check.differences:
-                check.differences = differing_codes(self._feeds, _rows(expected, spec), _rows(codes_out, spec))
-                check.stage = self._first_stage(place, stages, values, feed)
+                check.differences = differing_codes(self._feeds, wanted, got)
+                check.stage = self._first_stage(place, stages, values, feed) if check.beyond is None else None
         x, y = (values.get(name) if name is not None else None for name in (place.input, place.output))
         if x is not None and x.dtype == np.float32:
             check.border_mismatches += int(np.count_nonzero(kernel.quantize(x) != codes_in))
@@ -296,7 +320,7 @@ def _narrowed(values: Mapping[str, npt.NDArray[Any]], name: str, dtype: DType) -
 
 
 def _rows(codes: npt.NDArray[Any], spec: LayerNormSpec) -> npt.NDArray[Any]:
-    return codes.reshape(-1, spec.n)
+    return to_rows(codes, spec.normalized_shape, spec.axes)
 
 
 def probe(exported: Model) -> onnx.ModelProto:

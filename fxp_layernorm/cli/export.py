@@ -15,11 +15,13 @@ from . import common
 @click.option("-o", "--out", type=common.PATH, required=True, help="The model to write (.onnx).")
 @click.option(
     "--form",
-    type=click.Choice(["function", "inline"]),
+    type=click.Choice(["function", "inline", "qdq"]),
     default="function",
     show_default=True,
     help="function: each norm is one node of the domain fxp_layernorm, with the integer operators as its body. "
-    "inline: the operators themselves, for consumers without model-local functions.",
+    "inline: the operators themselves, for consumers without model-local functions. qdq: the float norm between "
+    "DequantizeLinear and QuantizeLinear with these parameters, for hardware with a LayerNorm of its own, whose codes "
+    "may differ from the kernel's.",
 )
 @click.option(
     "--word", type=click.Choice(["int64"]), default="int64", show_default=True,

@@ -1,0 +1,81 @@
+"""What a float32 norm may give: how far its codes may be from the real value, whichever way it computes.
+
+The bound holds for sums in any order, variances as the mean of squared deviations or as E[x^2] - E[x]^2, divisions or
+products with reciprocals, with or without fused multiplications and additions. It is the standard analysis of rounding
+errors, with gamma_k = k*u / (1 - k*u) for k roundings of at most u = 2^-24 each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..proof import NormKind
+from ..spec import LayerNormSpec
+
+#: Squares beyond these powers of two may leave float32's normal numbers, and then nothing is known.
+_SMALLEST, _LARGEST = 2.0**-100, 2.0**100
+
+Rows = npt.NDArray[np.float64]
+
+
+def beyond_float32(spec: LayerNormSpec, codes: npt.NDArray[Any], got: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return which output codes no float32 norm gives.
+
+    Parameters
+    ----------
+    spec : LayerNormSpec
+    codes, got : ndarray of shape (rows, n)
+        Input and output codes.
+    """
+    value, error = float32_norm(spec, codes)
+    return np.asarray(np.abs(got - np.clip(value, spec.output.lo, spec.output.hi)) > 0.5 + error)
+
+
+def float32_norm(spec: LayerNormSpec, codes: npt.NDArray[Any]) -> tuple[Rows, Rows]:
+    """Return the real value of each output code before its rounding, and a float32 norm's largest error of it, in LSB.
+
+    Both are computed in float64, whose own rounding the bound is enlarged by.
+
+    Parameters
+    ----------
+    spec : LayerNormSpec
+    codes : ndarray of shape (rows, n)
+    """
+    n = spec.n
+    x = (codes.astype(np.float64) - spec.input.zero_point) * spec.input.channel_steps(n)
+    gain, offset = np.asarray(spec.gamma), np.asarray(spec.beta)
+    step = spec.output.channel_steps(n)
+    size = np.abs(x)
+    centred = spec.kind is NormKind.LAYERNORM
+    mean = x.mean(axis=1, keepdims=True) if centred else np.zeros((len(x), 1))
+    d = x - mean
+    square, squares = np.square(d).mean(axis=1, keepdims=True), np.square(x).mean(axis=1, keepdims=True)
+    # the mean and the deviations, from inputs and a scale that are rounded themselves
+    mean_error = _gamma(n + 5) * size.mean(axis=1, keepdims=True) if centred else np.zeros((len(x), 1))
+    d_error = _gamma(5) * size + mean_error + _gamma(2) * np.abs(d)
+    # the variance, by either formula
+    two_pass = (2 * np.abs(d) * d_error + np.square(d_error)).mean(axis=1, keepdims=True)
+    two_pass += _gamma(n + 5) * np.square(np.abs(d) + d_error).mean(axis=1, keepdims=True)
+    one_pass = _gamma(n + 10) * (squares + np.square(mean)) + 2 * np.abs(mean) * mean_error + np.square(mean_error)
+    total = square if spec.eps_outside else square + spec.eps
+    error = np.maximum(two_pass, one_pass) + _gamma(3) * total
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(error < total, 1 / np.sqrt(1 - np.minimum(error / total, 1)) - 1, np.inf)
+        relative = (1 + relative) * (1 + _gamma(6)) - 1
+        deviation = np.sqrt(total) + (spec.eps if spec.eps_outside else 0.0)
+        h = np.where(deviation > 0, d / deviation, 0.0)
+        h_error = d_error * (1 + relative) / deviation + np.abs(h) * relative
+        h_error += _gamma(6) * (size + np.abs(mean)) / deviation
+        # scale and bias, and the division by the output's scale
+        affine = np.abs(gain) * (h_error + _gamma(5) * (np.abs(h) + h_error)) + _gamma(5) * np.abs(offset)
+        value = gain * h + offset
+        bound = (affine + _gamma(5) * (np.abs(value) + affine)) / step * (1 + 2.0**-20)
+    known = (square > _SMALLEST) & (squares < _LARGEST) & np.isfinite(bound)
+    return value / step + spec.output.zero_point, np.where(known, bound, np.inf)
+
+
+def _gamma(k: int) -> float:
+    return k * 2.0**-24 / (1 - k * 2.0**-24)
