@@ -60,7 +60,7 @@ class NormCalibration:
         input = search.choose(seen.input, options.input, input_error, rows, smallest)
         smallest = search.smallest_output_scale(layer.n, layer.gamma, layer.beta)
         output = search.choose(seen.output, options.output, output_error, expected, smallest)
-        return plan(layer, input, output, lane=options.lane)
+        return plan(layer, input, output, lane=options.lane, hardware=options.hardware)
 
     def sqnr_db(self, spec: LayerNormSpec) -> float | None:
         """Return the signal to quantization noise of a spec on a sample of the rows; None where one of them is 0."""
@@ -105,6 +105,8 @@ def calibrate(
         The share of the values, in percent, that ``percentile`` keeps; by default 99.99.
     lane : {24, 32, 64}, optional
         Bits of the element stage; by default the narrowest with a small bound.
+    hardware : Hardware or str, optional
+        Limits on the multiplier, the accumulator and the root, or the name of a preset; see `plan`.
 
     Raises
     ------

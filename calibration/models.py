@@ -139,7 +139,7 @@ class ModelCalibration:
                 if border is None:
                     spec = calibration.spec(options)
                 else:
-                    spec = plan(norm.layer, border.input, border.output, lane=options.lane)
+                    spec = plan(norm.layer, border.input, border.output, lane=options.lane, hardware=options.hardware)
             except FxpError as error:
                 raise type(error)(f"norm {norm.name!r}: {error}") from error
             entries.append(

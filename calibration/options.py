@@ -9,6 +9,7 @@ from typing import TypedDict
 import numpy as np
 
 from ..errors import InputError
+from ..hardware import Hardware
 from ..quantization import LARGEST_EXPONENT, DType
 
 #: Share of the values, in percent, that `Method.PERCENTILE` keeps.
@@ -108,22 +109,26 @@ class OptionKeywords(TypedDict, total=False):
     symmetric: bool | None
     percentile: float
     lane: int | None
+    hardware: Hardware | str | None
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How a norm is calibrated: each side's codes, and the lane.
+    """How a norm is calibrated: each side's codes, the lane, and the hardware's limits.
 
     Parameters
     ----------
     input, output : SideOptions
     lane : {24, 32, 64}, optional
         Bits of the element stage; by default the narrowest with a small bound.
+    hardware : Hardware or str, optional
+        Limits on the multiplier, the accumulator and the root, or the name of a preset; see `plan`.
     """
 
     input: SideOptions = field(default_factory=SideOptions)
     output: SideOptions = field(default_factory=SideOptions)
     lane: int | None = None
+    hardware: Hardware | str | None = None
 
     @classmethod
     def of(
@@ -138,6 +143,7 @@ class CalibrationOptions:
         symmetric: bool | None = None,
         percentile: float = PERCENTILE,
         lane: int | None = None,
+        hardware: Hardware | str | None = None,
     ) -> CalibrationOptions:
         """Return the options for keywords that hold for both sides, unless they name one; see `SideOptions`."""
 
@@ -147,4 +153,4 @@ class CalibrationOptions:
                 percentile=percentile,
             )  # fmt: skip
 
-        return cls(side(input, input_method), side(output, output_method), lane)
+        return cls(side(input, input_method), side(output, output_method), lane, hardware)

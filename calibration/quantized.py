@@ -8,6 +8,7 @@ from ..errors import FxpError, ModelError
 from ..export.loading import Model, load_model
 from ..export.norms import find_norms
 from ..export.qdq import find_border
+from ..hardware import Hardware
 from ..params import ModelParams, NormParams
 from ..planner import plan
 from ..runtime import FeedHash
@@ -30,14 +31,14 @@ class QuantizedNorms:
     skipped: dict[str, str]
 
 
-def quantized_norms(model: Model, *, lane: int | None = None) -> QuantizedNorms:
+def quantized_norms(model: Model, *, lane: int | None = None, hardware: Hardware | str | None = None) -> QuantizedNorms:
     """Return the integer form of every norm of a model that stands between quantizers.
 
     Parameters
     ----------
     model : path or onnx.ModelProto
         A model with QuantizeLinear and DequantizeLinear, such as ONNX Runtime's quantize_static writes.
-    lane : {24, 32, 64}, optional
+    lane, hardware : optional
         As in `calibrate`.
 
     Raises
@@ -55,7 +56,7 @@ def quantized_norms(model: Model, *, lane: int | None = None) -> QuantizedNorms:
             skipped[norm.name] = norm.blocker or "it stands between no quantizers; it needs data to be calibrated"
             continue
         try:
-            spec = plan(norm.layer, border.input, border.output, lane=lane)
+            spec = plan(norm.layer, border.input, border.output, lane=lane, hardware=hardware)
         except FxpError as error:
             raise type(error)(f"norm {norm.name!r}: {error}") from error
         entries.append(

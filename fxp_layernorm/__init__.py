@@ -24,9 +24,10 @@ from .errors import (
     SpecFileError,
     WidthError,
 )
+from .hardware import Hardware
 from .inference import FxpLayerNorm
 from .layer import LayerNorm, RMSNorm
-from .planner import plan
+from .planner import hardware_costs, plan
 from .proof import Excess, NormKind
 from .quantization import DType, QuantParams
 from .spec import LayerNormSpec
@@ -44,6 +45,7 @@ __all__ = [
     "Excess",
     "FxpError",
     "FxpLayerNorm",
+    "Hardware",
     "InputError",
     "LayerNorm",
     "LayerNormSpec",
@@ -61,6 +63,7 @@ __all__ = [
     "calibrate",
     "calibration",
     "export",
+    "hardware_costs",
     "plan",
     "reference",
 ]

@@ -63,9 +63,9 @@ PRESETS = {
     "mac16x16-32": Hardware(multiplier=(16, 16), accumulator=32, lanes=(24, 32)),
     # DSPs with guard bits: TI C55x, Blackfin, CEVA
     "mac16x16-40": Hardware(multiplier=(16, 16), accumulator=40, lanes=(24, 32)),
-    # FPGA slices: AMD DSP48E1 (25 x 18), and DSP48E2 (27 x 18)
-    "mac18x25-48": Hardware(multiplier=(18, 25), accumulator=48, lanes=(24,)),
-    "mac18x27-48": Hardware(multiplier=(18, 27), accumulator=48, lanes=(24,)),
+    # FPGA slices: AMD DSP48E1 (25 x 18) and DSP48E2 (27 x 18); (u - c) * R takes one in lane 24, two in lane 32
+    "mac18x25-48": Hardware(multiplier=(18, 25), accumulator=48, lanes=(24, 32)),
+    "mac18x27-48": Hardware(multiplier=(18, 27), accumulator=48, lanes=(24, 32)),
     # 32-bit processors with a long multiply-accumulate: Cortex-M (SMLAL), RISC-V with M
     "mac32x32-64": Hardware(multiplier=(32, 32), accumulator=64),
     # integers that are carried in float32: no value of the row stage's operands is long

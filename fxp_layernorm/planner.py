@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
 import numpy as np
@@ -94,6 +94,40 @@ def plan(
     if not planned:
         raise refusals[-1]
     return min(planned, key=lambda spec: spec.excess)
+
+
+def hardware_costs(
+    layer: LayerNorm | RMSNorm,
+    input: QuantParams,
+    output: QuantParams,
+    hardware: Hardware | str,
+    *,
+    residual: QuantParams | None = None,
+) -> dict[str, float]:
+    """Return what a target's limits cost, in LSB: by how much the proved excess falls without each of them.
+
+    Returns
+    -------
+    dict of str to float
+        For each field of `Hardware` that limits anything, and under ``all`` without any limit. Below 0 where a limit
+        happens to lead to a smaller bound: the planner goes by the expected error and the narrowest lane.
+
+    Raises
+    ------
+    PlanError, InputError
+        As `plan`.
+    """
+    limits, free = Hardware.parse(hardware), Hardware()
+    present = plan(layer, input, output, residual=residual, hardware=limits).excess
+    lifted = {
+        field.name: replace(limits, **{field.name: getattr(free, field.name)})
+        for field in fields(Hardware)
+        if getattr(limits, field.name) != getattr(free, field.name)
+    }
+    return {
+        name: float(present) - float(plan(layer, input, output, residual=residual, hardware=other).excess)
+        for name, other in {**lifted, "all": free}.items()
+    }
 
 
 @dataclass(frozen=True)

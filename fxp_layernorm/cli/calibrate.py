@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..hardware import PRESETS
 from ..quantization import DType
 from . import common
 
@@ -52,6 +53,11 @@ _TYPES = click.Choice([dtype.value for dtype in DType])
     help="Bits of the element stage's integers. [default: the narrowest with a small proved error]",
 )  # fmt: skip
 @click.option(
+    "--hardware", type=click.Choice(list(PRESETS)),
+    help="Keep to what a target's multiplier and accumulator hold: mac16x16-32 is a product of 16-bit factors in an "
+    "accumulator of 32 bits. [default: 32-bit factors, and the accumulator that the lane needs]",
+)  # fmt: skip
+@click.option(
     "--resume",
     "state",
     type=common.PATH,
@@ -93,7 +99,7 @@ def calibrate(
     output = common.Output(as_json)
     options = CalibrationOptions.of(input_type, output_type, lane=int(lane) if lane else None, **chosen)
     if data is None:
-        found = quantized_norms(model, lane=options.lane)
+        found = quantized_norms(model, lane=options.lane, hardware=options.hardware)
         params, skipped, source = found.params, found.skipped, "with the model's own parameters"
     else:
         feeds = Feeds(data)
