@@ -1,7 +1,8 @@
-"""Which dimensions of an array a norm normalizes, and the way from there to rows and back."""
+"""Which dimensions of an array a norm normalizes, the way from there to rows and back, and where rows lie in memory."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -61,3 +62,36 @@ def from_rows(rows: npt.NDArray[Any], shape: Shape, axes: Shape) -> npt.NDArray[
     leading = [size for axis, size in enumerate(shape) if axis not in normalized]
     moved = rows.reshape(*leading, *(shape[axis] for axis in axes))
     return np.moveaxis(moved, range(-len(axes), 0), axes)
+
+
+def long_rows(array: npt.NDArray[Any], dims: int) -> npt.NDArray[Any] | None:
+    """Return a view of rows in C order that reach to the next row, of which the last `dims` dimensions are the start.
+
+    None where these dimensions are not contiguous, or the others not a fixed step apart.
+    """
+    if not array.flags.aligned:
+        return None
+    n = math.prod(array.shape[array.ndim - dims :])
+    if array.flags.c_contiguous:
+        return array.reshape(-1, n)
+    step = array.itemsize
+    for axis in range(array.ndim - 1, array.ndim - 1 - dims, -1):
+        if array.shape[axis] > 1 and array.strides[axis] != step:
+            return None
+        step *= array.shape[axis]
+    leading = [axis for axis in range(array.ndim - dims) if array.shape[axis] > 1]
+    if not leading or not array.size:
+        return None
+    row = array.strides[leading[-1]]
+    for outer, inner in itertools.pairwise(leading):
+        if array.strides[outer] != array.strides[inner] * array.shape[inner]:
+            return None
+    if row < step or row % array.itemsize:
+        return None
+    # of the last row, no more than its first n elements are ever touched
+    return np.lib.stride_tricks.as_strided(array, (array.size // n, row // array.itemsize), (row, array.itemsize))
+
+
+def same_place(out: npt.NDArray[Any], codes: npt.NDArray[Any]) -> bool:
+    """Whether each element of one array lies exactly where that of the other does."""
+    return out.ctypes.data == codes.ctypes.data and out.strides == codes.strides and out.itemsize == codes.itemsize

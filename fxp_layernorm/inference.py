@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
 import sys
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from . import proof
 from .adder import NARROW_BITS, code_multipliers, width
-from .axes import from_rows, to_rows
+from .axes import from_rows, long_rows, same_place, to_rows
 from .errors import CodeTypeError, InputError
 from .proof import NormKind
 from .quantization import QuantParams
@@ -125,11 +124,11 @@ class FxpLayerNorm:
         if out is not None:
             self._check_out(out, shape)
             shared = [codes for codes in operands if np.may_share_memory(out, codes)]
-        if result is None or not all(_same_place(result, codes) for codes in shared):
+        if result is None or not all(same_place(result, codes) for codes in shared):
             result = np.empty(shape, dtype=self._out_dtype)
         results = [result] if sums is None else [result, sums]
         arrays = [*operands, *results]
-        rows = [_long_rows(array, len(self._shape)) for array in arrays] if self._last and not shared else [None]
+        rows = [long_rows(array, len(self._shape)) for array in arrays] if self._last and not shared else [None]
         if all(array is not None for array in rows):
             self._run_rows(rows[: len(operands)], rows[len(operands) :], threads)  # type: ignore[arg-type]
         elif self._columns and not shared and all(array.flags.c_contiguous and array.flags.aligned for array in arrays):
@@ -248,39 +247,6 @@ class FxpLayerNorm:
             raise InputError(f"out has the shape {out.shape}; the codes have {shape}")
         if not out.flags.writeable:
             raise InputError("out is read-only")
-
-
-def _long_rows(array: _Array, dims: int) -> _Array | None:
-    """Return a view of rows in C order that reach to the next row, of which the last `dims` dimensions are the start.
-
-    None where these dimensions are not contiguous, or the others not a fixed step apart.
-    """
-    if not array.flags.aligned:
-        return None
-    n = math.prod(array.shape[array.ndim - dims :])
-    if array.flags.c_contiguous:
-        return array.reshape(-1, n)
-    step = array.itemsize
-    for axis in range(array.ndim - 1, array.ndim - 1 - dims, -1):
-        if array.shape[axis] > 1 and array.strides[axis] != step:
-            return None
-        step *= array.shape[axis]
-    leading = [axis for axis in range(array.ndim - dims) if array.shape[axis] > 1]
-    if not leading or not array.size:
-        return None
-    row = array.strides[leading[-1]]
-    for outer, inner in itertools.pairwise(leading):
-        if array.strides[outer] != array.strides[inner] * array.shape[inner]:
-            return None
-    if row < step or row % array.itemsize:
-        return None
-    # of the last row, no more than its first n elements are ever touched
-    return np.lib.stride_tricks.as_strided(array, (array.size // n, row // array.itemsize), (row, array.itemsize))
-
-
-def _same_place(out: _Array, codes: _Array) -> bool:
-    """Whether each element of one array lies exactly where that of the other does."""
-    return out.ctypes.data == codes.ctypes.data and out.strides == codes.strides and out.itemsize == codes.itemsize
 
 
 def _ends(dtype: np.dtype[Any]) -> tuple[int, int]:
