@@ -34,7 +34,7 @@ from .spec import LayerNormSpec
 
 if TYPE_CHECKING:
     from . import analysis, calibration, export
-    from .analysis import analyze
+    from .analysis import analyze, sweep
     from .calibration import calibrate
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "hardware_costs",
     "plan",
     "reference",
+    "sweep",
 ]
 
 
@@ -75,6 +76,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name == "calibrate":
         return importlib.import_module(".calibration", __name__).calibrate
-    if name == "analyze":
-        return importlib.import_module(".analysis", __name__).analyze
+    if name in ("analyze", "sweep"):
+        return getattr(importlib.import_module(".analysis", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -60,12 +60,17 @@ def _umask() -> int:
 
 def save_json(value: Any, path: str | Path, *, schema_version: int) -> None:
     """Write a dataclass as JSON with its schema version and the version that produced it."""
+    text = to_text(document(value, schema_version=schema_version))
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def document(value: Any, *, schema_version: int) -> dict[str, Any]:
+    """Return what `save_json` writes."""
     from pydantic import TypeAdapter
 
     body = TypeAdapter(type(value)).dump_python(value, mode="json")
-    document = {"schema_version": schema_version, "producer": f"fxp-layernorm {__version__}", **body}
-    with atomic_path(path) as temporary:
-        temporary.write_text(to_text(document))
+    return {"schema_version": schema_version, "producer": f"fxp-layernorm {__version__}", **body}
 
 
 def to_text(document: Any) -> str:

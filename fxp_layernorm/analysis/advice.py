@@ -21,7 +21,7 @@ from ..calibration.options import SideOptions
 from ..errors import FxpError
 from ..layer import LayerNorm, RMSNorm
 from ..planner import plan
-from ..quantization import QuantParams
+from ..quantization import DType, QuantParams
 from ..spec import LayerNormSpec
 from .report import Saturation, Suggestion
 from .stages import Attribution, Stage
@@ -45,6 +45,10 @@ class Command:
     def calibrate(self, spec: LayerNormSpec, **options: object) -> str:
         """Return the command that calibrates again, with the types of a spec and these options."""
         chosen = {"input": spec.input.dtype.value, "output": spec.output.dtype.value, **options}
+        return self.calibrate_to(**chosen)
+
+    def calibrate_to(self, **chosen: object) -> str:
+        """Return the command that calibrates with these options."""
         if self.model is None:
             return f"spec = fxp.calibrate(layer, samples, {', '.join(f'{k}={v!r}' for k, v in chosen.items())})"
         words = ["fxp-layernorm", "calibrate", self.model, "--data", self.data, "-o", self.params]

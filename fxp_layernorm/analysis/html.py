@@ -1,8 +1,10 @@
-"""The report as one HTML page: no network, no file beside it that it needs."""
+"""Reports and sweeps, each as one HTML page: no network, no file beside it that it needs."""
 
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Callable
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
@@ -11,6 +13,7 @@ from .report import ModelAnalysis
 
 if TYPE_CHECKING:
     from .report import NormAnalysis
+    from .sweeps import Sweep
 
 
 def require() -> None:
@@ -38,28 +41,48 @@ def page(analysis: Any, *, worst_rows: str | None) -> str:
     MissingDependencyError
         Without matplotlib and Jinja2.
     """
+    model = analysis if isinstance(analysis, ModelAnalysis) else None
+    norms: tuple[NormAnalysis, ...] = model.norms if model else (analysis,)
+    return _render(
+        "report.html.j2",
+        model=model,
+        norms=norms,
+        ids={norm.name: f"norm{index}" for index, norm in enumerate(norms)},
+        by_name={norm.name: norm for norm in norms},
+        worst_rows=worst_rows,
+    )
+
+
+def sweep_page(sweep: Sweep) -> str:
+    """Return the page for a Sweep; raises MissingDependencyError without matplotlib and Jinja2."""
+    return _render("sweep.html.j2", sweep=sweep)
+
+
+def framed(page: Callable[[], str]) -> str | None:
+    """Return a page as a notebook shows it; None, for plain text, without matplotlib and Jinja2."""
+    try:
+        text = page()
+    except MissingDependencyError:
+        return None
+    return f'<iframe srcdoc="{escape(text)}" style="width: 100%; height: 45em; border: 0"></iframe>'
+
+
+def _render(template: str, **values: object) -> str:
     require()
     import jinja2
 
     from . import plots
 
-    model = analysis if isinstance(analysis, ModelAnalysis) else None
-    norms: tuple[NormAnalysis, ...] = model.norms if model else (analysis,)
-    ids = {norm.name: f"norm{index}" for index, norm in enumerate(norms)}
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=jinja2.FunctionLoader(_source), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters.update(figure=_figure, decibel=_decibel, percent=_percent, magnitude=_magnitude)
-    source = importlib.resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
-        model=model,
-        norms=norms,
-        ids=ids,
-        by_name={norm.name: norm for norm in norms},
-        plots=plots,
-        worst_rows=worst_rows,
-        version=__version__,
-    )
+    return environment.get_template(template).render(plots=plots, version=__version__, **values)
+
+
+def _source(template: str) -> str:
+    return importlib.resources.files(__package__).joinpath(template).read_text(encoding="utf-8")
 
 
 def _figure(value: float | None, digits: int = 4) -> str:

@@ -20,6 +20,7 @@ from .stages import Stage
 
 if TYPE_CHECKING:
     from .report import Harm, Histogram, NormAnalysis
+    from .sweeps import Point
 
 #: What each colour of the palette stands for.
 COLOURS = {
@@ -120,6 +121,32 @@ def harm(entries: tuple[Harm, ...]) -> str:
         axes.set_xlabel("norm, by rank")
         axes.set_ylabel("noise power, %\nof the output's")
         return _svg(figure, "The model's noise by norm")
+
+
+def sweep(points: tuple[Point, ...]) -> str:
+    """Return the accuracy over each cost; what no other point beats in all of them is filled."""
+    shown = [point for point in points if point.sqnr_db is not None]
+    sqnr = np.array([point.accuracy for point in shown])
+    front = np.array([point.on_front for point in shown])
+    with _style("sweep"):
+        figure = Figure(figsize=(9.0, 3.0))
+        for place, (name, label, kind) in enumerate(_COSTS):
+            axes = figure.add_axes((0.06 + 0.32 * place, 0.17, 0.29, 0.8))
+            costs = np.array([getattr(point.cost, name) for point in shown])
+            axes.scatter(costs[~front], sqnr[~front], s=14, facecolors="none", edgecolors=_GREY, linewidths=0.8)
+            axes.scatter(costs[front], sqnr[front], s=22, color=COLOURS[kind])
+            axes.set_xlabel(label)
+            if not place:
+                axes.set_ylabel("SQNR, dB")
+        return _svg(figure, "Accuracy over cost")
+
+
+#: The costs of a format: attribute, label with its unit, and what the colour stands for.
+_COSTS = (
+    ("bits_moved", "bits moved an element", "input"),
+    ("multiplier", "multipliers, one-bit products", "elements"),
+    ("row_bits", "row stage, bits", "rows"),
+)
 
 
 def _style(salt: str) -> AbstractContextManager[None]:

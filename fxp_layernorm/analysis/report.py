@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,6 @@ import numpy.typing as npt
 from pydantic import Field
 
 from .. import files
-from ..errors import MissingDependencyError
 from .stages import Attribution
 
 SCHEMA_VERSION = 1
@@ -208,13 +206,9 @@ class _Report:
 
     def _repr_html_(self) -> str | None:
         """Show the report in a notebook; None, for plain text, without matplotlib and Jinja2."""
-        from .html import page
+        from .html import framed, page
 
-        try:
-            text = page(self, worst_rows=None)
-        except MissingDependencyError:
-            return None
-        return f'<iframe srcdoc="{escape(text)}" style="width: 100%; height: 45em; border: 0"></iframe>'
+        return framed(lambda: page(self, worst_rows=None))
 
     def _worst_arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         raise NotImplementedError

@@ -10,7 +10,7 @@ import click
 from .._version import __version__
 from ..errors import FxpError
 
-COMMANDS = ("inspect", "calibrate", "export", "verify", "report", "demo", "bench")
+COMMANDS = ("inspect", "calibrate", "export", "verify", "report", "sweep", "demo", "bench")
 
 
 class _Failure(click.ClickException):
