@@ -57,6 +57,8 @@ class Layout:
         How many sums of squares there are, 0 where there are no channel exponents.
     steps : int
         Steps of Heron's method.
+    low_offset : bool
+        Whether the offset that keeps outputs positive reaches into the bits of their type.
     flatten : bool
         Whether the input must become a matrix first: several dimensions are normalized together, or all.
     """
@@ -67,6 +69,7 @@ class Layout:
     squares: ir.DataType
     groups: int
     steps: int
+    low_offset: bool
     flatten: bool
 
     @classmethod
@@ -86,6 +89,7 @@ class Layout:
             squares=squares,
             groups=groups if squares is UINT32 else min(groups, 1),
             steps=1 if spec.m <= _ONE_STEP else 2,
+            low_offset=min(31, (63 if spec.lane == 64 else 31) - spec.s2) < 8 * spec.output.dtype.numpy.itemsize,
             flatten=flatten,
         )
 
@@ -100,6 +104,7 @@ class Layout:
         kind = "LayerNorm" if self.kind is NormKind.LAYERNORM else "RMSNorm"
         types = "_".join(dtype.name.lower() for dtype in (self.lane, self.codes, self.squares))
         options = f"_steps{self.steps}" + (f"_groups{self.groups}" if self.groups else "")
+        options += "_offset" if self.low_offset else ""
         return f"{kind}_int64_{types}{options}" + ("_flatten" if self.flatten else "")
 
 
@@ -186,9 +191,11 @@ class Body:
         a = op("Add", op("Mul", t, G), op("Add", B, constant))
         y = op("BitShift", a, w.attribute("s2", lane), direction="RIGHT")
         y = y if lane == UINT32 else w.cast(y, UINT32)
-        # above is a multiple of 2^16, or of 2^8 for codes of 8 bits: the low bits of what is clipped are the code
         ends = (op("Add", w.attribute(name), w.power(above)) for name in ("y_low", "y_high"))
         y = op("Clip", y, *(w.scalar(w.cast(end, UINT32)) for end in ends))
+        if self.layout.low_offset:
+            y = op("Sub", w.cast(y, INT32), w.power(above, INT32))
+        # else 2^above is a multiple of what the type holds: the low bits are the code
         return op("Cast", y, to=w.attribute_of("to", "y_type"))
 
     def _centre(self, v: Operand) -> Operand:

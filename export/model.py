@@ -290,7 +290,8 @@ def _quantize(tape: Tape, x: ir.Value, params: QuantParams, shape: tuple[int, ..
     if params.exponents is not None:
         x = op("Mul", [x, constant(tape, _powers(params, shape, -1))])
     dtype, scale = params.dtype.numpy, constant(tape, np.float32(params.scale))
-    if opset >= (13 if dtype.itemsize == 1 else 21):  # the first opset whose QuantizeLinear has the type
+    whole = (params.lo, params.hi) == (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    if whole and opset >= (13 if dtype.itemsize == 1 else 21):  # the first opset whose QuantizeLinear has the type
         return op("QuantizeLinear", [x, scale, constant(tape, dtype.type(params.zero_point))])
     x = op("Add", [op("Round", [op("Div", [x, scale])]), constant(tape, np.float32(params.zero_point))])
     low, high = (constant(tape, np.float32(end)) for end in (params.lo, params.hi))

@@ -21,7 +21,7 @@ from ..calibration.options import SideOptions
 from ..errors import FxpError
 from ..layer import LayerNorm, RMSNorm
 from ..planner import plan
-from ..quantization import DType, QuantParams
+from ..quantization import QuantParams
 from ..spec import LayerNormSpec
 from .report import Saturation, Suggestion
 from .stages import Attribution, Stage
