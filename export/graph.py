@@ -38,13 +38,16 @@ class Writer:
     Parameters
     ----------
     tape : onnx_ir.tape.Tape
-    attributes : mapping, optional
-        The values of the function's attributes, to write them out; without them the nodes refer to the attributes.
+    attributes : mapping
+        The integers and floats that follow from the spec, by their names as attributes of the function.
+    inline : bool
+        Whether they are written out; else nodes refer to the function's attributes.
     """
 
-    def __init__(self, tape: Tape, attributes: Mapping[str, int] | None = None) -> None:
+    def __init__(self, tape: Tape, attributes: Mapping[str, int | float], *, inline: bool) -> None:
         self.tape = tape
-        self._attributes = attributes
+        self.inline = inline
+        self.attributes = dict(attributes)
         self._written: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._references: dict[tuple[str, ir.DataType], ir.Value] = {}
 
@@ -77,20 +80,18 @@ class Writer:
 
     def attribute(self, name: str, dtype: ir.DataType = ir.DataType.INT64) -> Operand:
         """Return an attribute of the function as a tensor of shape (1, 1); integers wrap."""
-        if self._attributes is not None:
-            return np.array([[self._attributes[name]]], dtype=np.int64).astype(dtype.numpy())
+        known = self.attributes[name]
+        if self.inline:
+            return np.array([[known]]).astype(dtype.numpy())
         key = name, dtype
         if key not in self._references:
-            number = self.tape.op("Constant", [], {"value_int": ir.RefAttr("value_int", name, ir.AttributeType.INT)})
+            kind = ir.AttributeType.FLOAT if isinstance(known, float) else ir.AttributeType.INT
+            field = f"value_{kind.name.lower()}"
+            number = self.tape.op("Constant", [], {field: ir.RefAttr(field, name, kind)})
             value = self.op("Reshape", number, np.ones(2, dtype=np.int64))
-            self._references[key] = self.value(value if dtype == ir.DataType.INT64 else self.cast(value, dtype))
+            same = dtype == (ir.DataType.FLOAT if isinstance(known, float) else ir.DataType.INT64)
+            self._references[key] = self.value(value if same else self.cast(value, dtype))
         return self._references[key]
-
-    def attribute_of(self, field: str, name: str) -> ir.Attr:
-        """Return an attribute of the function as the attribute `field` of one of its nodes."""
-        if self._attributes is None:
-            return ir.RefAttr(field, name, ir.AttributeType.INT)
-        return ir.AttrInt64(field, self._attributes[name])
 
     def scalar(self, operand: Operand) -> Operand:
         """Return a tensor of one element with the shape ()."""
@@ -98,16 +99,16 @@ class Writer:
 
     def shape(self, sizes: Sequence[int | str]) -> Operand:
         """Return a shape; a string in it is an attribute."""
-        if self._attributes is not None:
-            return np.array([self._attributes[s] if isinstance(s, str) else s for s in sizes], dtype=np.int64)
+        if self.inline:
+            return np.array([self.attributes[s] if isinstance(s, str) else s for s in sizes], dtype=np.int64)
         vector = np.ones(1, dtype=np.int64)
         parts = [self.op("Reshape", self.attribute(s), vector) if isinstance(s, str) else s * vector for s in sizes]
         return self.op("Concat", *parts, axis=0)
 
     def ones(self, dtype: ir.DataType) -> Operand:
         """Return the column of n ones that sums a row by MatMul."""
-        if self._attributes is not None:
-            return np.ones((self._attributes["n"], 1), dtype=dtype.numpy())
+        if self.inline:
+            return np.ones((int(self.attributes["n"]), 1), dtype=dtype.numpy())
         one = ir.tensor(np.ones(1, dtype=dtype.numpy()))
         return self.op("ConstantOfShape", self.shape(["n", 1]), value=one)
 

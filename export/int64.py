@@ -57,10 +57,6 @@ class Layout:
         How many sums of squares there are, 0 where there are no channel exponents.
     steps : int
         Steps of Heron's method.
-    low_offset : bool
-        Whether the offset that keeps outputs positive reaches into the bits of their type.
-    flatten : bool
-        Whether the input must become a matrix first: several dimensions are normalized together, or all.
     """
 
     kind: NormKind
@@ -69,11 +65,9 @@ class Layout:
     squares: ir.DataType
     groups: int
     steps: int
-    low_offset: bool
-    flatten: bool
 
     @classmethod
-    def of(cls, spec: LayerNormSpec, flatten: bool) -> Layout:
+    def of(cls, spec: LayerNormSpec) -> Layout:
         """Return the layout of a spec; raises ModelError if the word doesn't hold it."""
         if spec.m < 16:
             raise ModelError(f"the word int64 needs a root of at least 16 bits; the spec has m = {spec.m}")
@@ -89,54 +83,12 @@ class Layout:
             squares=squares,
             groups=groups if squares is UINT32 else min(groups, 1),
             steps=1 if spec.m <= _ONE_STEP else 2,
-            low_offset=min(31, (63 if spec.lane == 64 else 31) - spec.s2) < 8 * spec.output.dtype.numpy.itemsize,
-            flatten=flatten,
         )
-
-    @property
-    def opset(self) -> int:
-        """The lowest opset that has the operators: Clip of integers, and Reshape's allowzero."""
-        return 14 if self.flatten else 12
-
-    @property
-    def name(self) -> str:
-        """The name of the function."""
-        kind = "LayerNorm" if self.kind is NormKind.LAYERNORM else "RMSNorm"
-        types = "_".join(dtype.name.lower() for dtype in (self.lane, self.codes, self.squares))
-        options = f"_steps{self.steps}" + (f"_groups{self.groups}" if self.groups else "")
-        options += "_offset" if self.low_offset else ""
-        return f"{kind}_int64_{types}{options}" + ("_flatten" if self.flatten else "")
 
 
 def _zero_point(spec: LayerNormSpec) -> int:
     """Return what is taken off the codes: in LayerNorm without exponents the zero point drops out."""
     return spec.input.zero_point if spec.input.exponents is not None or spec.kind is NormKind.RMSNORM else 0
-
-
-def attributes(spec: LayerNormSpec) -> dict[str, int]:
-    """Return the attributes of a function node: every integer of the spec that is not one a channel."""
-    values: dict[str, int] = {
-        "n": spec.n, "zero_point": _zero_point(spec), "h": spec.h, "E": spec.E, "m": spec.m, "K": spec.K,
-        "s1": spec.s1, "s2": spec.s2, "y_low": spec.output.lo, "y_high": spec.output.hi,
-        "y_type": int(ir.DataType.from_numpy(spec.output.dtype.numpy)),
-    }  # fmt: skip
-    if spec.lane == 64:
-        values["cut"] = proof.reciprocal_bits(spec.n)
-    return values
-
-
-def tensors(spec: LayerNormSpec, layout: Layout) -> dict[str, npt.NDArray[Any]]:
-    """Return the channel inputs: G and B, and with channel exponents P = 2**e and the weights W of their squares."""
-    lane = np.int64 if spec.lane == 64 else np.int32
-    values = {"G": np.array(spec.G, dtype=lane), "B": np.array(spec.B, dtype=lane)}
-    if layout.groups:
-        exponents = np.array(spec.input.channel_exponents(spec.n), dtype=np.int64)
-        values["P"] = np.left_shift(1, exponents).astype(layout.codes.numpy())
-        first = np.arange(layout.groups) * _GROUP
-        of_group = (exponents[:, None] // _GROUP == np.arange(layout.groups)) | (layout.groups == 1)
-        weights = np.where(of_group, 4 ** np.maximum(exponents[:, None] - first, 0), 0)
-        values["W"] = weights.astype(layout.squares.numpy())
-    return values
 
 
 def reached_fours(spec: LayerNormSpec) -> tuple[int, int]:
@@ -151,19 +103,46 @@ class Body:
 
     Parameters
     ----------
-    layout : Layout
+    spec : LayerNormSpec
     writer : Writer
-    fours : tuple of int
-        How many powers of 4 V reaches, at least and at most.
+    output : onnx_ir.DataType
+        Of the result.
+
+    Raises
+    ------
+    ModelError
+        If the word doesn't hold the spec.
     """
 
-    def __init__(self, layout: Layout, writer: Writer, fours: tuple[int, int] = (0, _FOURS)) -> None:
-        self.layout = layout
-        self.writer = writer
-        self.fours = fours
+    def __init__(self, spec: LayerNormSpec, writer: Writer, output: ir.DataType) -> None:
+        self.spec, self.writer, self.output = spec, writer, output
+        self.layout = Layout.of(spec)
+        if spec.lane == 64:
+            writer.attributes["cut"] = proof.reciprocal_bits(spec.n)
+        #: How many powers of 4 V reaches, at least and at most.
+        self.fours = reached_fours(spec) if writer.inline else (0, _FOURS)
         #: The values of docs/arithmetic.md's letters, by these, for whoever must find the stage that a consumer gets
         #: wrong. Of a value in parts, "V.12" is the part that counts 2**12 fold. They may be shifted by a constant.
         self.stages: dict[str, Operand] = {}
+
+    @property
+    def opset(self) -> int:
+        """The lowest opset that has the operators: Clip of integers."""
+        return 12
+
+    def channels(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the channel inputs: G and B, and with channel exponents P = 2**e and the weights W of squares."""
+        spec = self.spec
+        lane = np.int64 if spec.lane == 64 else np.int32
+        values = {"G": np.array(spec.G, dtype=lane), "B": np.array(spec.B, dtype=lane)}
+        if self.layout.groups:
+            exponents = np.array(spec.input.channel_exponents(spec.n), dtype=np.int64)
+            values["P"] = np.left_shift(1, exponents).astype(self.layout.codes.numpy())
+            first = np.arange(self.layout.groups) * _GROUP
+            of_group = (exponents[:, None] // _GROUP == np.arange(self.layout.groups)) | (self.layout.groups == 1)
+            weights = np.where(of_group, 4 ** np.maximum(exponents[:, None] - first, 0), 0)
+            values["W"] = weights.astype(self.layout.squares.numpy())
+        return values
 
     def write(self, q: Operand, channels: Mapping[str, Operand]) -> Operand:
         """Append the nodes from the rows' input codes to their output codes, and return the latter."""
@@ -193,10 +172,10 @@ class Body:
         y = y if lane == UINT32 else w.cast(y, UINT32)
         ends = (op("Add", w.attribute(name), w.power(above)) for name in ("y_low", "y_high"))
         y = op("Clip", y, *(w.scalar(w.cast(end, UINT32)) for end in ends))
-        if self.layout.low_offset:
+        if min(31, (63 if lane == UINT64 else 31) - self.spec.s2) < 8 * self.output.itemsize:
             y = op("Sub", w.cast(y, INT32), w.power(above, INT32))
         # else 2^above is a multiple of what the type holds: the low bits are the code
-        return op("Cast", y, to=w.attribute_of("to", "y_type"))
+        return w.cast(y, self.output)
 
     def _centre(self, v: Operand) -> Operand:
         zero = self.writer.attribute("zero_point", self.layout.codes)

@@ -68,7 +68,8 @@ def to_onnx(
     ----------
     spec : LayerNormSpec
     word : Word
-        ``int64``.
+        ``int64``; or ``int24`` or ``float24``, in which no value reaches 2**24, for specs planned with the hardware
+        ``carried24``.
     form : Form
         ``inline``, the nodes; or ``function``, one node of the domain ``fxp_layernorm`` with the nodes as its body.
     leading : sequence of str or int

@@ -6,6 +6,7 @@ channel inputs. The inline form is the same body with all of them written out.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from enum import StrEnum
 
@@ -13,8 +14,9 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from ..errors import ModelError
+from ..proof import NormKind
 from ..spec import LayerNormSpec
-from . import int64
+from . import int64, narrow
 from .graph import Operand, Writer
 
 #: The domain of the function form, and its version.
@@ -33,6 +35,8 @@ class Word(StrEnum):
     """The numbers that the graph's tensors hold."""
 
     INT64 = "int64"
+    INT24 = "int24"
+    FLOAT24 = "float24"
 
 
 def append(
@@ -69,41 +73,69 @@ def append(
     ModelError
         If the word doesn't hold the spec, or the opset doesn't have its operators.
     """
-    layout = int64.Layout.of(spec, flatten=len(spec.normalized_shape) > 1 or rank == 1)
-    if opset < layout.opset:
+    unsupported = {
+        "eps outside the root": spec.A, "a residual add, channel scales or accumulators": spec.adder,
+        "an accumulator beyond its lane": spec.lane < 64 and spec.accumulator > 32,
+        "axes that are not the last": spec.axes != tuple(range(-len(spec.axes), 0)),
+    }  # fmt: skip
+    for what, applies in unsupported.items():
+        if applies:
+            raise ModelError(f"the subgraph can't be written for {what} yet")
+    flatten = len(spec.normalized_shape) > 1 or rank == 1
+    writer = Writer(tape if form is Form.INLINE else Tape(), attributes(spec), inline=form is Form.INLINE)
+    body = _body(spec, word, writer)
+    lowest = max(body.opset, 14 if flatten else 0)  # for Reshape's allowzero
+    if opset < lowest:
         raise ModelError(
-            f"the norm {name!r} needs opset {layout.opset} to be replaced; the model has {opset}. "
+            f"the norm {name!r} needs opset {lowest} to be replaced; the model has {opset}. "
             "Raise it with --opset (opset=)"
         )
-    attributes, channels = int64.attributes(spec), int64.tensors(spec, layout)
+    channels = body.channels()
     if form is Form.INLINE:
-        body = int64.Body(layout, Writer(tape, attributes), int64.reached_fours(spec))
-        y = _write(body, q, channels)
+        y = _write(body, q, channels, flatten)
         return y, {}, _values(body.stages)
+    function = _function(body, word, flatten, opset)
     inputs = [
         tape.initializer(ir.tensor(value), name=f"{name}/{key}" if name else key) for key, value in channels.items()
     ]
-    y = tape.op(layout.name, [q, *inputs], attributes, domain=DOMAIN, name=name or None)
-    return y, {layout.name: _function(spec, layout, opset)}, {}
+    y = tape.op(function.name, [q, *inputs], writer.attributes, domain=DOMAIN, name=name or None)
+    return y, {function.name: function}, {}
 
 
-def _function(spec: LayerNormSpec, layout: int64.Layout, opset: int) -> ir.Function:
-    """Return the model-local function that computes every spec of a layout, of which `spec` is one."""
-    tape = Tape()
-    inputs = {name: ir.Value(name=name) for name in ("q", *int64.tensors(spec, layout))}
-    body = int64.Body(layout, Writer(tape))
-    output = _write(body, inputs["q"], inputs)
+def attributes(spec: LayerNormSpec) -> dict[str, int | float]:
+    """Return the attributes that every function node has: every integer of the spec that is not one a channel."""
+    return {
+        "n": spec.n, "zero_point": spec.input.zero_point, "h": spec.h, "E": spec.E, "m": spec.m, "K": spec.K,
+        "s1": spec.s1, "s2": spec.s2, "y_low": spec.output.lo, "y_high": spec.output.hi,
+    }  # fmt: skip
+
+
+def _body(spec: LayerNormSpec, word: Word, writer: Writer) -> int64.Body | narrow.Body:
+    output = ir.DataType.from_numpy(spec.output.dtype.numpy)
+    if word is Word.INT64:
+        return int64.Body(spec, writer, output)
+    return narrow.Body(spec, narrow.INT32 if word is Word.INT24 else narrow.FLOAT, writer, output)
+
+
+def _function(body: int64.Body | narrow.Body, word: Word, flatten: bool, opset: int) -> ir.Function:
+    """Return the model-local function; all specs that have the same nodes share it, by its name."""
+    inputs = {name: ir.Value(name=name) for name in ("q", *body.channels())}
+    output = _write(body, inputs["q"], inputs, flatten)
     output.name = "y"
     for letter, value in _values(body.stages).items():
         value.name = letter
-    graph = ir.Graph(list(inputs.values()), [output], nodes=tape.nodes, opset_imports={"": opset}, name=layout.name)
-    declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in int64.attributes(spec)]
-    return ir.Function(DOMAIN, layout.name, graph=graph, attributes=declared)
+    writer, kind = body.writer, "LayerNorm" if body.spec.kind is NormKind.LAYERNORM else "RMSNorm"
+    graph = ir.Graph(list(inputs.values()), [output], nodes=writer.tape.nodes, opset_imports={"": opset}, name="norm")
+    declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in writer.attributes]
+    function = ir.Function(DOMAIN, f"{kind}_{word}", graph=graph, attributes=declared)
+    digest = hashlib.sha256(ir.to_proto(function).SerializeToString(deterministic=True)).hexdigest()
+    function.name = f"{function.name}_{digest[:8]}"
+    return function
 
 
-def _write(body: int64.Body, q: ir.Value, channels: Mapping[str, Operand]) -> ir.Value:
+def _write(body: int64.Body | narrow.Body, q: ir.Value, channels: Mapping[str, Operand], flatten: bool) -> ir.Value:
     writer = body.writer
-    if not body.layout.flatten:
+    if not flatten:
         return writer.value(body.write(q, channels))
     y = body.write(writer.op("Reshape", q, writer.shape([-1, "n"])), channels)
     return writer.value(writer.op("Reshape", y, writer.op("Shape", q), allowzero=1))

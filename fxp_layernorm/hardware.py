@@ -21,6 +21,8 @@ class Hardware:
         lanes 24 and 32, and 63 in lane 64, as where there is no limit.
     lanes : tuple of int
         The lanes that the element stage may have: bits of (u - c) * R (equation 6).
+    offset : int
+        B is a multiple of 2**offset (equation 8).
     root : int or None
         Bits of the integer square root, m; None means 18, 24 or 31 by the lane.
     radicand : int
@@ -30,13 +32,15 @@ class Hardware:
     multiplier: tuple[int, int] = (32, 32)
     accumulator: int | None = None
     lanes: tuple[int, ...] = tuple(proof.ROOT_BITS)
+    offset: int = 0
     root: int | None = None
     radicand: int = proof.V_BITS
 
     def __post_init__(self) -> None:
         ranges = {
             "a factor": (self.multiplier, 4, 32), "the accumulator": ((self.accumulator,), 8, 64),
-            "the root": ((self.root,), 2, 31), "the radicand": ((self.radicand,), 8, proof.V_BITS),
+            "the offset": ((self.offset,), 0, 16), "the root": ((self.root,), 2, 31),
+            "the radicand": ((self.radicand,), 8, proof.V_BITS),
         }  # fmt: skip
         for name, (values, low, high) in ranges.items():
             for value in values:
@@ -68,6 +72,7 @@ PRESETS = {
     "mac18x27-48": Hardware(multiplier=(18, 27), accumulator=48, lanes=(24, 32)),
     # 32-bit processors with a long multiply-accumulate: Cortex-M (SMLAL), RISC-V with M
     "mac32x32-64": Hardware(multiplier=(32, 32), accumulator=64),
-    # integers that are carried in float32: no value of the row stage's operands is long
-    "carried24": Hardware(multiplier=(24, 24), accumulator=32, lanes=(24,), radicand=36),
+    # integers that are carried in float32, as the words int24 and float24 of the ONNX export have them: V in two parts,
+    # and the second product in two, of which the lower one has no offset
+    "carried24": Hardware(multiplier=(17, 17), accumulator=31, lanes=(24,), offset=7, radicand=36),
 }

@@ -183,7 +183,8 @@ class _Problem:
             kind=kind, normalized_shape=layer.normalized_shape, axes=layer.axes, eps=layer.eps,
             eps_outside=layer.eps_outside, gamma=gamma, beta=beta, input=self.input, output=output,
             residual=self.residual, sum_output=self.sum_output, adder=adder, lane=lane, accumulator=accumulator,
-            m=m, K=K, h=h, E=E, A=A, l=l, s1=K - F, s2=s2, G=gain.to_fixed(s2 - F), B=offset.to_fixed(s2),
+            m=m, K=K, h=h, E=E, A=A, l=l, s1=K - F, s2=s2, G=gain.to_fixed(s2 - F),
+            B=tuple(value << hardware.offset for value in offset.to_fixed(s2 - hardware.offset)),
         )  # fmt: skip
 
 

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import onnx
+import pytest
 from rows import exponents_of, layer_of, params_of
 
 import fxp_layernorm as fxp
 from fxp_layernorm import NormKind
-from fxp_layernorm.export import to_onnx
+from fxp_layernorm.export import Word, to_onnx
 
 TEXT = (Path(__file__).parent.parent / "docs" / "onnx.md").read_text()
 
 
-def models() -> list[onnx.ModelProto]:
-    """Return functions of all layouts together: both kinds and lanes, with exponents, and several dimensions."""
+def models(word: str) -> list[onnx.ModelProto]:
+    """Return functions of all kinds together: lanes, types and exponents, several dimensions, and the odd sizes."""
     built = []
-    for kind, lane, form in ((NormKind.LAYERNORM, 32, "function"), (NormKind.RMSNORM, 64, "inline"),
-                             (NormKind.LAYERNORM, 64, "function")):  # fmt: skip
-        spec = fxp.plan(
-            layer_of(kind, 64), params_of("int8", exponents=exponents_of(64, 2)), params_of("int16"), lane=lane
-        )
-        built.append(to_onnx(spec, form=form))
-    flat = fxp.plan(fxp.LayerNorm((4, 6)), params_of("int8"), params_of("int8"))
-    return [*built, to_onnx(flat), to_onnx(flat, form="function")]
+    if word == "int64":
+        for kind, lane, form in ((NormKind.LAYERNORM, 32, "function"), (NormKind.RMSNORM, 64, "inline"),
+                                 (NormKind.LAYERNORM, 64, "function")):  # fmt: skip
+            spec = fxp.plan(
+                layer_of(kind, 64), params_of("int8", exponents=exponents_of(64, 2)), params_of("int16"), lane=lane
+            )
+            built.append(to_onnx(spec, form=form))
+    else:
+        for kind, n, output, exponents in (
+            (NormKind.LAYERNORM, 120, "int16", None), (NormKind.RMSNORM, 64, "int8", None),
+            (NormKind.LAYERNORM, 64, "int8", exponents_of(64, 1)),
+        ):  # fmt: skip
+            spec = fxp.plan(
+                layer_of(kind, n), params_of("int8", exponents=exponents), params_of(output), hardware="carried24"
+            )
+            shifted = dataclasses.replace(spec, B=tuple(value + 1 for value in spec.B))  # no multiple of 2**7
+            built += [to_onnx(spec, word, form="function"), to_onnx(shifted, word, form="function")]
+    flat = fxp.plan(fxp.LayerNorm((4, 6)), params_of("int8"), params_of("int8"), hardware="carried24")
+    return [*built, to_onnx(flat, word), to_onnx(flat, word, form="function")]
 
 
 def table(heading: str) -> set[str]:
@@ -35,22 +48,24 @@ def table(heading: str) -> set[str]:
 
 
 def test_attributes_and_inputs() -> None:
-    functions = [function for model in models() for function in model.functions]
+    functions = [function for word in Word for model in models(word) for function in model.functions]
     assert {name for function in functions for name in function.attribute} == table("Attributes")
     names = {name for function in functions for name in (*function.input, *function.output)}
     assert names == table("Inputs and output")
 
 
-def test_operators() -> None:
+@pytest.mark.parametrize("words", [("int64",), ("int24", "float24")])
+def test_operators(words: tuple[str, ...]) -> None:
     used = set()
-    for model in models():
+    for model in (model for word in words for model in models(word)):
         for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
             if node.domain == "":
                 used.add(node.op_type)
-    named = set(re.findall(r"[A-Z]\w+", TEXT.split("## The operators of int64\n")[1].split(", at opset")[0]))
-    assert used == named
+    section = TEXT.split(f"## The operators of {' and '.join(words)}\n")[1].split("\n## ")[0]
+    assert used == {name for name in re.findall(r"\b[A-Z]\w+", section) if onnx.defs.has(name)}
 
 
 def test_function_names() -> None:
-    pattern = r"(LayerNorm|RMSNorm)_int64(_uint(32|64)){3}_steps[12](_groups\d)?(_flatten)?"
-    assert all(re.fullmatch(pattern, function.name) for model in models() for function in model.functions)
+    pattern = r"(LayerNorm|RMSNorm)_(int64|int24|float24)_[0-9a-f]{8}"
+    functions = (function for word in Word for model in models(word) for function in model.functions)
+    assert all(re.fullmatch(pattern, function.name) for function in functions)

@@ -24,8 +24,9 @@ from . import common
     "may differ from the kernel's.",
 )
 @click.option(
-    "--word", type=click.Choice(["int64"]), default="int64", show_default=True,
-    help="The widest integers of the graph.",
+    "--word", type=click.Choice(["int64", "int24", "float24"]), default="int64", show_default=True,
+    help="int64: integers of 64 and 32 bits. int24 and float24: int32 or float32 tensors in which no value reaches "
+    "2^24, for hardware that carries integers in float32; calibrate with --hardware carried24.",
 )  # fmt: skip
 @click.option(
     "--opset", type=click.IntRange(1), metavar="N",

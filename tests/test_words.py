@@ -1,0 +1,127 @@
+"""The words int24 and float24: the definition's bits, and no value that reaches 2**24."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx_ir.tape import Tape
+from onnx_models import run_onnxruntime, run_reference
+from rows import adversarial, layer_of, noise, params_of, typical
+
+import fxp_layernorm as fxp
+from fxp_layernorm import ModelError, NormKind, reference
+from fxp_layernorm.export import narrow, subgraph, to_onnx
+from fxp_layernorm.export.graph import Writer
+
+CONSUMERS = pytest.mark.parametrize("run", [run_onnxruntime, run_reference])
+WORDS = pytest.mark.parametrize("word", ["int24", "float24"])
+Run = Callable[..., list[npt.NDArray[Any]]]
+LIMIT = 1 << 24
+
+#: kind, n, input, output; n = 5 has a large h, n = 1500 a sum of squares beyond 24 bits
+CASES = [
+    (NormKind.LAYERNORM, 2, "int8", "int8"),
+    (NormKind.LAYERNORM, 5, "uint8", "int8"),
+    (NormKind.LAYERNORM, 64, "int8", "int8"),
+    (NormKind.LAYERNORM, 120, "int8", "int16"),
+    (NormKind.LAYERNORM, 384, "uint8", "uint8"),
+    (NormKind.LAYERNORM, 768, "int8", "int8"),
+    (NormKind.LAYERNORM, 1023, "int8", "int8"),
+    (NormKind.LAYERNORM, 1500, "int8", "int8"),
+    (NormKind.RMSNORM, 64, "int8", "uint8"),
+    (NormKind.RMSNORM, 768, "int8", "int8"),
+]
+EVERY = pytest.mark.parametrize(("kind", "n", "input", "output"), CASES)
+
+
+def spec_of(kind: NormKind, n: int, input: str = "int8", output: str = "int8") -> fxp.LayerNormSpec:
+    return fxp.plan(layer_of(kind, n), params_of(input), params_of(output), hardware="carried24")
+
+
+def rows_of(spec: fxp.LayerNormSpec) -> npt.NDArray[Any]:
+    n = spec.n
+    return np.concatenate([adversarial(spec.input, n), noise(spec.input, n, 4), typical(spec.input, n, 4)])
+
+
+@EVERY
+@WORDS
+@CONSUMERS
+def test_words_give_the_reference_codes(run: Run, word: str, kind: NormKind, n: int, input: str, output: str) -> None:
+    spec = spec_of(kind, n, input, output)
+    q = rows_of(spec)
+    wanted = reference.run(spec, q)
+    for form in ("inline", "function"):
+        (y,) = run(to_onnx(spec, word=word, form=form), {"q": q})
+        assert y.dtype == wanted.dtype
+        np.testing.assert_array_equal(y, wanted)
+
+
+@EVERY
+@WORDS
+def test_no_value_reaches_2_to_24(word: str, kind: NormKind, n: int, input: str, output: str) -> None:
+    """Every value between the codes is made an output, and nothing is optimized away."""
+    spec = spec_of(kind, n, input, output)
+    model = onnx.shape_inference.infer_shapes(to_onnx(spec, word=word), strict_mode=True)
+    known = {value.name for value in model.graph.output}
+    model.graph.output.extend(value for value in model.graph.value_info if value.name not in known)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    values = session.run(None, {"q": rows_of(spec)})
+    assert len(values) == len(model.graph.node)
+    # tables are looked up by integers; the axes of ReduceSum are int64
+    carried = ["int32", "bool"] if word == "int24" else ["float32", "int32", "bool", "int64"]
+    for exposed, value in zip(model.graph.output, values, strict=True):
+        assert value.dtype.name in (*carried, spec.output.dtype.numpy.name), exposed.name
+        assert np.abs(value.astype(np.float64)).max() < LIMIT, exposed.name
+
+
+@pytest.mark.parametrize("n", [64, 768, 1900])
+@WORDS
+def test_root_and_reciprocal_from_every_sum_of_squares(word: str, n: int) -> None:
+    spec = spec_of(NormKind.RMSNORM, n)
+    tape = Tape()
+    dtype = narrow.FLOAT if word == "float24" else narrow.INT32
+    body = narrow.Body(spec, dtype, Writer(tape, subgraph.attributes(spec), inline=True), ir.DataType.INT8)
+    most = spec.row_stage.codes.v0_max // n
+    parts = [ir.Value(name=name, shape=ir.Shape(["rows", 1]), type=ir.TensorType(dtype)) for name in ("upper", "lower")]
+    bounds = (most >> 12, (1 << 12) - 1)
+    R = body._reciprocal_root((narrow.Number(parts[0], 0, bounds[0]), narrow.Number(parts[1], 0, bounds[1])), None)
+    outputs = [body.writer.value(value) for value in (body.stages["r"], R.value)]
+    for value, name in zip(outputs, ("r", "R"), strict=True):
+        value.name, value.type = name, ir.TensorType(dtype)
+    graph = ir.Graph(parts, outputs, nodes=tape.nodes, opset_imports={"": 17}, name="root")
+    rng = np.random.default_rng(n)
+    powers = [(1 << k) + d for k in range(25) for d in (-1, 0, 1)]
+    # the roots' own steps
+    roots = [((k << 4) ** 2 - spec.E) // (n * 4**spec.h) + d for k in range(1, 1 << 14, 7) for d in (0, 1)]
+    Q = np.array([*powers, *roots, *rng.integers(1, most, 4000), *range(1, 2000)])
+    Q = np.unique(Q[(Q > 0) & (most >= Q)])[:, None]
+    feed = {"upper": (Q >> 12).astype(dtype.numpy()), "lower": (Q & 0xFFF).astype(dtype.numpy())}
+    found = run_onnxruntime(ir.to_proto(ir.Model(graph, ir_version=8)), feed)
+    V = ((n * Q << 2 * spec.h) + spec.E).ravel().tolist()
+    wanted = [reference.reciprocal_root(v, n=n, m=spec.m, x=spec.K + spec.h, cut=None) for v in V]
+    np.testing.assert_array_equal(np.hstack(found), wanted)
+
+
+@WORDS
+def test_spec_that_a_word_cannot_hold_is_refused(word: str) -> None:
+    wide = fxp.plan(layer_of(NormKind.LAYERNORM, 64), params_of("int8"), params_of("int8"), lane=32)
+    with pytest.raises(ModelError, match=r"lane has 32 bits.*The word int64 does; .* carried24"):
+        to_onnx(wide, word=word)
+    long = fxp.plan(layer_of(NormKind.LAYERNORM, 64), params_of("int8"), params_of("int8"), lane=24)
+    with pytest.raises(ModelError, match=r"variance takes 6. bits, more than 36"):
+        to_onnx(long, word=word)
+
+
+def test_specs_of_the_same_nodes_share_one_function() -> None:
+    specs = [spec_of(NormKind.LAYERNORM, n) for n in (700, 768)]
+    names = [to_onnx(spec, word="int24", form="function").functions[0].name for spec in specs]
+    assert names[0] == names[1]
