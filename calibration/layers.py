@@ -9,6 +9,7 @@ from typing import Unpack, cast
 import numpy as np
 import numpy.typing as npt
 
+from ..axes import to_rows
 from ..errors import DataError, FxpError
 from ..inference import FxpLayerNorm
 from ..layer import LayerNorm, RMSNorm
@@ -16,7 +17,7 @@ from ..planner import plan
 from ..quantization import DType, QuantParams
 from ..spec import LayerNormSpec
 from . import search
-from .norms import NormObserver
+from .norms import NormObserver, shaped
 from .observers import Floats, Rows
 from .options import CalibrationOptions, OptionKeywords
 
@@ -50,29 +51,53 @@ class NormCalibration:
         rows = seen.sample.rows().astype(np.float64)
         expected = self._normalized(rows)
 
-        def input_error(params: QuantParams) -> float:
+        def input_cost(params: QuantParams) -> float:
             return _power(self._normalized(params.dequantize(params.quantize(rows))) - expected)
 
-        def output_error(params: QuantParams) -> float:
+        def output_cost(params: QuantParams) -> float:
             return _power(params.dequantize(params.quantize(expected)) - expected)
 
         smallest = search.smallest_input_scale(layer.n, layer.eps)
-        input = search.choose(seen.input, options.input, input_error, rows, smallest)
+        sample = search.Sample(rows, self._input_weights(rows), input_cost)
+        input = search.choose(seen.input, options.input, sample, smallest)
         smallest = search.smallest_output_scale(layer.n, layer.gamma, layer.beta)
-        output = search.choose(seen.output, options.output, output_error, expected, smallest)
+        sample = search.Sample(expected, np.ones((1, 1)), output_cost)
+        output = search.choose(seen.output, options.output, sample, smallest)
         return plan(layer, input, output, lane=options.lane, hardware=options.hardware)
+
+    def _input_weights(self, rows: Floats) -> Floats:
+        """Return what a small squared error of each input value adds to that of the norm's outputs.
+
+        It is the squared length of a column of the norm's Jacobian: an error moves its own output by gamma over the
+        deviation, and all outputs by what it does to the mean and the deviation.
+        """
+        layer = self.layer
+        centred = isinstance(layer, LayerNorm)
+        deviations = rows - rows.mean(axis=1, keepdims=True) if centred else rows
+        power = np.square(deviations).mean(axis=1, keepdims=True)
+        root = np.sqrt(power) + layer.eps if layer.eps_outside else np.sqrt(power + layer.eps)
+        normalized = deviations / root
+        squares = np.square(layer.gamma)
+        sums = [(squares * np.power(normalized, k)).sum(axis=1, keepdims=True) / layer.n for k in range(3)]
+        spread = np.square(normalized) * sums[2]
+        own = np.square(normalized)
+        if centred:
+            spread += sums[0] + 2 * normalized * sums[1]
+            own += 1
+        return np.asarray(np.maximum(squares * (1 - 2 * own / layer.n) + spread / layer.n, 0) / np.square(root))
 
     def sqnr_db(self, spec: LayerNormSpec) -> float | None:
         """Return the signal to quantization noise of a spec on a sample of the rows; None where one of them is 0."""
         rows = self.observer.sample.rows()
         expected = self._normalized(rows.astype(np.float64))
         norm = FxpLayerNorm(spec)
-        codes = norm(spec.input.quantize(rows).reshape(-1, *spec.normalized_shape)).reshape(rows.shape)
+        codes = norm(shaped(self.layer, spec.input.quantize(rows)))
+        codes = to_rows(codes, spec.normalized_shape, spec.axes)
         signal, noise = _power(expected), _power(spec.output.dequantize(codes) - expected)
         return 10 * math.log10(signal / noise) if signal and noise else None
 
     def _normalized(self, rows: Rows) -> Floats:
-        return self.layer(rows.reshape(-1, *self.layer.normalized_shape)).reshape(rows.shape).astype(np.float64)
+        return self.layer.rows(self.layer(shaped(self.layer, rows))).astype(np.float64)
 
 
 def calibrate(
@@ -103,6 +128,8 @@ def calibrate(
         Whether the zero point is the middle of the codes; by default only with channel exponents.
     percentile : float, optional
         The share of the values, in percent, that ``percentile`` keeps; by default 99.99.
+    output_per_channel : bool, optional
+        Whether each output channel has a scale of its own, instead of an exponent.
     lane : {24, 32, 64}, optional
         Bits of the element stage; by default the narrowest with a small bound.
     hardware : Hardware or str, optional

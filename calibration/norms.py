@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+from ..axes import from_rows
 from ..errors import DataError, InputError
 from ..layer import LayerNorm, RMSNorm
 from ..quantization import LARGEST_SCALE
@@ -119,7 +122,7 @@ class NormObserver(Observer):
         if outputs is None:
             self.left_out += len(good) - int(np.count_nonzero(good))
             rows, ids = rows[good], ids[good]
-            outputs = self._layer(rows.reshape(-1, *self._layer.normalized_shape)).reshape(rows.shape)
+            outputs = self._layer.rows(self._layer(shaped(self._layer, rows)))
             good = self._finite(outputs, self.bad_outputs)
         else:
             good = good & self._finite(outputs, self.bad_outputs)
@@ -140,6 +143,13 @@ class NormObserver(Observer):
             return np.ones(len(rows), dtype=np.bool_)
         bad += np.count_nonzero(~finite, axis=0)
         return np.asarray(finite.all(axis=1))
+
+
+def shaped(layer: LayerNorm | RMSNorm, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return rows of shape (rows, n) as an array that the layer takes, with the rows along its first dimension."""
+    sizes = dict(zip(layer.axes, layer.normalized_shape, strict=True))
+    shape = (len(rows), *(sizes.get(axis, 1) for axis in range(layer.axes[0], 0)))
+    return from_rows(rows, shape, layer.axes)
 
 
 def _single_or_double(rows: Rows) -> Rows:

@@ -55,6 +55,8 @@ class SideOptions:
         their own: a zero point shared by all channels helps only where all are skewed alike.
     percentile : float
         The share of the values in percent, above 50, that ``percentile`` keeps.
+    per_channel : bool
+        Whether each channel has a scale of its own, for a border that can dequantize so, instead of an exponent.
 
     Raises
     ------
@@ -67,6 +69,7 @@ class SideOptions:
     exponents: int
     symmetric: bool
     percentile: float
+    per_channel: bool
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class SideOptions:
         exponents: int | None = None,
         symmetric: bool | None = None,
         percentile: float = PERCENTILE,
+        per_channel: bool = False,
     ) -> None:
         parsed = DType.parse(dtype)
         narrow = parsed.numpy.itemsize == 1
@@ -84,19 +88,27 @@ class SideOptions:
         elif method not in list(Method):
             raise InputError(f"the method is {method!r}; it must be one of {', '.join(Method)}")
         if exponents is None:
-            exponents = 7 if narrow else 0
+            exponents = 7 if narrow and not per_channel else 0
         elif not isinstance(exponents, int | np.integer) or not 0 <= exponents <= LARGEST_EXPONENT:
             raise InputError(
                 f"the largest exponent is {exponents!r}; it must be an integer from 0 to {LARGEST_EXPONENT}"
             )
+        if per_channel and exponents:
+            raise InputError("channels have scales of their own or exponents, not both")
         if not isinstance(percentile, int | float | np.number) or not 50 < percentile <= 100:
             raise InputError(f"the percentile is {percentile!r}; it must be a number above 50, at most 100")
         set_field = object.__setattr__
         set_field(self, "dtype", parsed)
         set_field(self, "method", Method(method))
         set_field(self, "exponents", int(exponents))
-        set_field(self, "symmetric", bool(exponents) if symmetric is None else bool(symmetric))
+        set_field(self, "per_channel", bool(per_channel))
+        set_field(self, "symmetric", self.by_channel if symmetric is None else bool(symmetric))
         set_field(self, "percentile", float(percentile))
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether channels have scales or exponents of their own."""
+        return self.per_channel or self.exponents > 0
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -108,6 +120,7 @@ class OptionKeywords(TypedDict, total=False):
     exponents: int | None
     symmetric: bool | None
     percentile: float
+    output_per_channel: bool
     lane: int | None
     hardware: Hardware | str | None
 
@@ -142,15 +155,20 @@ class CalibrationOptions:
         exponents: int | None = None,
         symmetric: bool | None = None,
         percentile: float = PERCENTILE,
+        output_per_channel: bool = False,
         lane: int | None = None,
         hardware: Hardware | str | None = None,
     ) -> CalibrationOptions:
-        """Return the options for keywords that hold for both sides, unless they name one; see `SideOptions`."""
+        """Return the options for keywords that hold for both sides, unless they name one; see `SideOptions`.
 
-        def side(dtype: DType | str, own: Method | str | None) -> SideOptions:
+        `output_per_channel` takes the place of the outputs' exponents.
+        """
+
+        def side(dtype: DType | str, own: Method | str | None, per_channel: bool) -> SideOptions:
             return SideOptions(
-                dtype, method=method if own is None else own, exponents=exponents, symmetric=symmetric,
-                percentile=percentile,
+                dtype, method=method if own is None else own, exponents=None if per_channel else exponents,
+                symmetric=symmetric, percentile=percentile, per_channel=per_channel,
             )  # fmt: skip
 
-        return cls(side(input, input_method), side(output, output_method), lane, hardware)
+        sides = side(input, input_method, False), side(output, output_method, output_per_channel)
+        return cls(*sides, lane, hardware)

@@ -26,10 +26,13 @@ def side_record(side: SideOptions | None, seen: TensorObserver | None) -> SideRe
     """Return how one side's parameters were chosen: by options, or else by the model, and what range was seen."""
     low, high = (float(seen.ranges.low.min()), float(seen.ranges.high.max())) if seen else (None, None)
     if side is None:
-        return SideRecord(method=FROM_MODEL, exponents=None, symmetric=None, percentile=None, low=low, high=high)
+        return SideRecord(
+            method=FROM_MODEL, exponents=None, symmetric=None, per_channel=False, percentile=None, low=low, high=high
+        )
     percentile = side.percentile if side.method is Method.PERCENTILE else None
     return SideRecord(
-        method=side.method.value, exponents=side.exponents, symmetric=side.symmetric, percentile=percentile, low=low,
+        method=side.method.value, exponents=side.exponents, symmetric=side.symmetric,
+        per_channel=side.per_channel, percentile=percentile, low=low,
         high=high,
     )  # fmt: skip
 

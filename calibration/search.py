@@ -4,48 +4,97 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import DataError
 from ..quantization import LARGEST_SCALE, SMALLEST_SCALE, QuantParams
 from .norms import TensorObserver
-from .observers import Floats, Rows
+from .observers import Floats
 from .options import Method, SideOptions
 
 #: Scales tried in each octave.
 _STEPS = 8
 #: How many octaves `Method.MSE` and `Method.ENTROPY` may shrink the observed range by.
 _SHRINK = 2
+#: Exponents tried below the one that holds a channel's range.
+_CLIPS = 2
 #: Zero points tried where channels with exponents share an asymmetric one: the share of the codes below it.
 _ZERO_POINTS = (0.5, 0.25, 0.375, 0.625, 0.75)
 #: Bins that a code's interval is divided into, to compare distributions.
 _BINS_PER_CODE = 8
+#: What a fraction of a code that holds only clipped values counts as, so that its logarithm is finite.
+_LEAST_COUNT = 1e-4
 
 Error = Callable[[QuantParams], float]
 
 
-def choose(
-    seen: TensorObserver, side: SideOptions, error: Error, values: Rows, smallest_scale: float = 0.0
-) -> QuantParams:
+@dataclass(frozen=True)
+class Sample:
+    """Real values that parameters are tried on.
+
+    Attributes
+    ----------
+    values : ndarray of shape (rows, n)
+    weights : ndarray of shape (rows, n) or (1, 1)
+        What a small squared error of each value costs.
+    cost : callable
+        What parameters really cost, all their errors together.
+    """
+
+    values: Floats
+    weights: Floats
+    cost: Error
+
+    def channel_cost(self, params: QuantParams) -> Floats:
+        """Return what parameters cost in each channel, by the weights."""
+        errors = params.dequantize(params.quantize(self.values)) - self.values
+        return np.asarray((self.weights * np.square(errors)).sum(axis=0))
+
+
+def choose(seen: TensorObserver, side: SideOptions, sample: Sample, smallest_scale: float = 0.0) -> QuantParams:
     """Return the parameters that a side's options ask for.
+
+    Where the method leaves a choice, it is the one with the least cost on the sample: for ``mse`` that of ranges, and
+    of exponents that clip rare values of a channel; for all methods that of the base scale under exponents. For
+    ``entropy`` it is the one with the least divergence.
 
     Parameters
     ----------
     seen : TensorObserver
     side : SideOptions
-    error : callable
-        What parameters cost. ``mse`` minimizes it; so do the methods that fix the range, with exponents, over one
-        octave of base scales.
-    values : ndarray of shape (rows, n)
-        Real values, for ``entropy``.
+    sample : Sample
     smallest_scale : float
         Bound of the scale from below.
     """
     tried = candidates(side, *observed_range(seen, side), smallest_scale=smallest_scale)
     if side.method is Method.ENTROPY:
-        return least(tried, lambda params: divergence(params, values))
-    return least(tried, error)
+        return least(tried, lambda params: divergence(params, sample.values))
+    if side.method is Method.MSE:
+        if side.per_channel:
+            return _least_by_channel(tried, sample)
+        if side.exponents:
+            tried = (_clipped(params, sample) for params in tried)
+    return least(tried, sample.cost)
+
+
+def _clipped(params: QuantParams, sample: Sample) -> QuantParams:
+    """Return parameters whose exponents are smaller by up to `_CLIPS` where that costs a channel less."""
+    exponents = np.array(params.channel_exponents(sample.values.shape[1]))
+    tried = [np.maximum(exponents - clip, 0) for clip in range(_CLIPS + 1)]
+    options = [QuantParams(params.dtype, params.scale, params.zero_point, each) for each in tried]
+    best = np.argmin([sample.channel_cost(option) for option in options], axis=0)
+    return QuantParams(params.dtype, params.scale, params.zero_point, np.choose(best, tried))
+
+
+def _least_by_channel(tried: Iterable[QuantParams], sample: Sample) -> QuantParams:
+    """Return, of parameters with scales for each channel, the scale with the least cost in each."""
+    options = list(tried)
+    n = sample.values.shape[1]
+    best = np.argmin([sample.channel_cost(option) for option in options], axis=0)
+    scales = np.choose(best, [option.channel_steps(n) for option in options])
+    return QuantParams(options[0].dtype, float(scales.max()), options[0].zero_point, channel_scales=scales.tolist())
 
 
 def observed_range(seen: TensorObserver, side: SideOptions) -> tuple[Floats, Floats]:
@@ -53,7 +102,7 @@ def observed_range(seen: TensorObserver, side: SideOptions) -> tuple[Floats, Flo
     if side.method is Method.MOVING_AVERAGE:
         return seen.mean_range()
     if side.method is Method.PERCENTILE:
-        return seen.percentile_range(side.percentile, by_channel=side.exponents > 0)
+        return seen.percentile_range(side.percentile, by_channel=side.by_channel)
     return seen.ranges.low, seen.ranges.high
 
 
@@ -61,7 +110,8 @@ def candidates(side: SideOptions, low: Floats, high: Floats, *, smallest_scale: 
     """Yield parameters to choose from, the widest first.
 
     Without exponents there is one for each range tried. Asymmetric ones have their zero point where the range, 0
-    included, has it. With exponents, each channel has the smallest that holds its range at the base scale.
+    included, has it. With exponents, each channel has the smallest that holds its range at the base scale. With a scale
+    for each channel, all shrink alike.
 
     Parameters
     ----------
@@ -74,7 +124,7 @@ def candidates(side: SideOptions, low: Floats, high: Floats, *, smallest_scale: 
     dtype = side.dtype
     shrink = _SHRINK * _STEPS if side.method in (Method.MSE, Method.ENTROPY) else 0
     middle = (dtype.lo + dtype.hi + 1) // 2
-    if not side.exponents:
+    if not side.by_channel:
         bottom, top = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
         if side.symmetric:
             width, zero_point = max(-bottom, top) / (dtype.hi - middle), middle
@@ -95,6 +145,11 @@ def candidates(side: SideOptions, low: Floats, high: Floats, *, smallest_scale: 
         below = above if zero_point == middle else zero_point - dtype.lo
         step_of_one = np.maximum(np.maximum(high, 0) / above, np.maximum(-low, 0) / below)
         widest = float(step_of_one.max())
+        if side.per_channel:
+            for step in range(shrink + 1):
+                scales = [float32_scale(wanted, smallest_scale) for wanted in step_of_one * 2.0 ** (-step / _STEPS)]
+                yield QuantParams(dtype, max(scales), zero_point, channel_scales=scales)
+            continue
         for step in range(_STEPS - 1, -shrink - 1, -1):
             scale = float32_scale(widest * 2.0 ** (step / _STEPS - side.exponents), smallest_scale)
             with np.errstate(divide="ignore"):
@@ -107,27 +162,33 @@ def least(params: Iterable[QuantParams], error: Error) -> QuantParams:
     return min(params, key=error)
 
 
-def divergence(params: QuantParams, values: Rows) -> float:
+def divergence(params: QuantParams, values: Floats) -> float:
     """Return the Kullback-Leibler divergence of the codes' distribution from that of the values.
 
-    The values are counted in fractions of a code, those beyond the codes at the end that they are clipped to. A code
-    spreads its count evenly over those of its fractions that hold a value. Channels count together, each in its own
-    step.
+    The values are counted in fractions of a code, those beyond the codes at the end that they are clipped to. What the
+    codes make of that is the count of the values within them alone, spread evenly over those fractions of a code that
+    hold any; it is not made up for what is clipped, so that parameters which clip everything are no good match.
+    Channels count together, each in its own step.
 
     Parameters
     ----------
     params : QuantParams
     values : ndarray of shape (rows, n)
     """
-    steps = params.scale * np.exp2(np.asarray(params.channel_exponents(values.shape[1]), dtype=np.float64))
-    lo, hi = params.dtype.lo, params.dtype.hi
-    places = np.floor((values / steps + (params.zero_point - lo + 0.5)) * _BINS_PER_CODE)
+    lo, hi = params.lo, params.hi
+    codes = values / params.channel_steps(values.shape[1]) + (params.zero_point - lo + 0.5)
     bins = (hi - lo + 1) * _BINS_PER_CODE
-    counts = np.bincount(np.clip(places, 0, bins - 1).astype(np.intp).reshape(-1), minlength=bins)
-    p = counts.reshape(-1, _BINS_PER_CODE).astype(np.float64)
+    # the first and the last bin are for what is clipped
+    places = np.clip(np.floor(codes * _BINS_PER_CODE), -1, bins) + 1
+    counts = np.bincount(places.astype(np.intp).reshape(-1), minlength=bins + 2)
+    inside = counts[1:-1].reshape(-1, _BINS_PER_CODE).astype(np.float64)
+    p = inside.copy()
+    p[0, 0] += counts[0]
+    p[-1, -1] += counts[-1]
     used = p > 0
-    q = p.sum(axis=1, keepdims=True) / np.maximum(used.sum(axis=1, keepdims=True), 1)
-    return float(np.sum(p[used] * np.log(p[used] / np.broadcast_to(q, p.shape)[used])) / p.sum())
+    spread = inside.sum(axis=1, keepdims=True) / np.maximum(used.sum(axis=1, keepdims=True), 1)
+    q = np.maximum(np.broadcast_to(spread, p.shape)[used], _LEAST_COUNT)
+    return float(np.sum(p[used] * np.log(p[used] / q)) / p.sum())
 
 
 def smallest_input_scale(n: int, eps: float) -> float:

@@ -290,7 +290,9 @@ def _quantize(tape: Tape, x: ir.Value, params: QuantParams, shape: tuple[int, ..
         x = op("Cast", [x], {"to": ir.DataType.FLOAT})
     if params.exponents is not None:
         x = op("Mul", [x, constant(tape, _powers(params, shape, -1))])
-    dtype, scale = params.dtype.numpy, constant(tape, np.float32(params.scale))
+    if params.channel_scales is not None:
+        x = op("Div", [x, constant(tape, _scales(params, shape))])
+    dtype, scale = params.dtype.numpy, constant(tape, _shared_scale(params))
     whole = (params.lo, params.hi) == (np.iinfo(dtype).min, np.iinfo(dtype).max)
     if whole and opset >= (13 if dtype.itemsize == 1 else 21):  # the first opset whose QuantizeLinear has the type
         return op("QuantizeLinear", [x, scale, constant(tape, dtype.type(params.zero_point))])
@@ -303,7 +305,7 @@ def _dequantize(
     tape: Tape, q: ir.Value, params: QuantParams, shape: tuple[int, ...], opset: int, dtype: ir.DataType | None
 ) -> ir.Value:
     """Append ``(q - zero_point) * scale * 2**f``, as `QuantParams.dequantize` computes it, in the old output's type."""
-    op, scale = tape.op, constant(tape, np.float32(params.scale))
+    op, scale = tape.op, constant(tape, _shared_scale(params))
     # the first opset whose DequantizeLinear has the type, and for 8 bits the first that ONNX's own reference runs
     if opset >= (19 if params.dtype.numpy.itemsize == 1 else 21):
         y = op("DequantizeLinear", [q, scale, constant(tape, params.dtype.numpy.type(params.zero_point))])
@@ -312,7 +314,18 @@ def _dequantize(
         y = op("Mul", [op("Sub", [y, constant(tape, np.float32(params.zero_point))]), scale])
     if params.exponents is not None:
         y = op("Mul", [y, constant(tape, _powers(params, shape, 1))])
+    if params.channel_scales is not None:
+        y = op("Mul", [y, constant(tape, _scales(params, shape))])
     return y if dtype in (None, ir.DataType.FLOAT) else op("Cast", [y], {"to": dtype})
+
+
+def _shared_scale(params: QuantParams) -> np.float32:
+    """Return the scale of all channels, 1 where each has its own."""
+    return np.float32(params.scale if params.channel_scales is None else 1)
+
+
+def _scales(params: QuantParams, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    return params.channel_steps(math.prod(shape)).astype(np.float32).reshape(shape)
 
 
 def _powers(params: QuantParams, shape: tuple[int, ...], sign: int) -> npt.NDArray[np.float32]:

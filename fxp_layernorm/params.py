@@ -56,6 +56,8 @@ class SideRecord:
         The largest channel exponent that was allowed; None with ``model``, like `symmetric`.
     symmetric : bool or None
         Whether the zero point was to be the middle of the codes.
+    per_channel : bool
+        Whether each channel has a scale of its own.
     percentile : float or None
         The share of the values, in percent, that the method ``percentile`` kept.
     low, high : float or None
@@ -67,6 +69,7 @@ class SideRecord:
     method: str
     exponents: int | None
     symmetric: bool | None
+    per_channel: bool
     percentile: float | None
     low: float | None
     high: float | None

@@ -15,7 +15,16 @@ from rows import DTYPES
 
 import fxp_layernorm as fxp
 from fxp_layernorm import DataError, DType, InputError, export
-from fxp_layernorm.calibration import Method, ModelCalibration, SideOptions, calibrate, calibrate_model, search
+from fxp_layernorm.calibration import (
+    CalibrationOptions,
+    Method,
+    ModelCalibration,
+    NormCalibration,
+    SideOptions,
+    calibrate,
+    calibrate_model,
+    search,
+)
 from fxp_layernorm.calibration.engine import LocalEngine
 from fxp_layernorm.runtime import Feeds, Session
 
@@ -114,6 +123,70 @@ def test_several_normalized_dimensions() -> None:
     norm = fxp.FxpLayerNorm(calibrate(layer, x))
     assert norm.forward(x).shape == x.shape
     assert float(np.mean(np.square(norm.forward(x) - layer(x)))) < 1e-3
+
+
+def test_dimensions_that_are_not_the_last() -> None:
+    """As the channels of (batch, channels, height, width): the same rows give the same parameters and noise."""
+    x = samples(48, 300).reshape(3, 10, 10, 48)
+    last, first = fxp.LayerNorm(48), fxp.LayerNorm(48, axes=-3)
+    for layer in (last, first):
+        layer.weight = np.linspace(0.5, 2, 48)
+    channels_first = np.moveaxis(x, -1, 1)
+    ours, theirs = NormCalibration(first), NormCalibration(last)
+    ours.observer.update(channels_first)
+    theirs.observer.update(x)
+    options = CalibrationOptions()
+    spec = ours.spec(options)
+    assert (spec.input, spec.output) == (theirs.spec(options).input, theirs.spec(options).output)
+    assert ours.sqnr_db(spec) == theirs.sqnr_db(theirs.spec(options))
+    assert fxp.FxpLayerNorm(spec).forward(channels_first).shape == channels_first.shape
+
+
+def test_exponents_that_clip_where_it_pays() -> None:
+    """A channel with one rare spike is better off with finer steps for all its other values."""
+    x = np.random.default_rng(0).normal(size=(600, 48))
+    x[5, 7] = 60
+    layer = fxp.LayerNorm(48)
+    noise, reach = {}, {}
+    for method in ("minmax", "mse"):
+        params = calibrate(layer, x, method=method).input
+        errors = params.dequantize(params.quantize(x)) - x
+        noise[method] = float(np.mean(np.square(np.delete(errors, 5, axis=0))))
+        reach[method] = params.hi * float(params.channel_steps(48)[7])
+    assert reach["minmax"] >= 60 > reach["mse"]
+    assert noise["mse"] < noise["minmax"]
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_a_scale_for_each_output_channel(method: Method) -> None:
+    layer, x = fxp.LayerNorm(48), samples()
+    layer.weight = np.geomspace(0.05, 3, 48)
+    spec = calibrate(layer, x, method=method, output_per_channel=True)
+    assert spec.output.channel_scales is not None
+    assert spec.output.exponents is None
+    assert spec.input.exponents is not None
+    norm = fxp.FxpLayerNorm(spec)
+    noise = np.square(norm.forward(x) - layer(x)).mean()
+    assert noise < np.square(fxp.FxpLayerNorm(calibrate(layer, x, exponents=0)).forward(x) - layer(x)).mean()
+    codes = norm.quantize(x)
+    np.testing.assert_array_equal(norm(codes[:5]), fxp.reference.run(spec, codes[:5]))
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_every_method_on_skewed_values(method: Method) -> None:
+    """Zero points are the middle where asked; one scale for skewed values is better off without that."""
+    layer = fxp.LayerNorm(48)
+    layer.bias = np.full(48, 4.0)
+    x = np.random.default_rng(1).exponential(size=(400, 48)) + 1
+    noise = []
+    for symmetric in (True, False):
+        spec = calibrate(layer, x, method=method, exponents=0, symmetric=symmetric)
+        assert (spec.input.zero_point == 0) == symmetric
+        assert (spec.output.zero_point == 0) == symmetric
+        noise.append(float(np.mean(np.square(fxp.FxpLayerNorm(spec).forward(x) - layer(x)))))
+    assert noise[1] < noise[0]
+    spec = calibrate(layer, x, method=method, exponents=3)
+    assert spec.input.zero_point == spec.output.zero_point == 0
 
 
 def test_model_observes_what_the_arrays_hold() -> None:

@@ -217,6 +217,17 @@ def _outputs(model: onnx.ModelProto, feed: dict[str, Any]) -> Any:
     return Session(load_model(model)).run(feed)["y"]
 
 
+@pytest.mark.parametrize("opset", [17, 19])
+def test_a_scale_for_each_output_channel_in_the_model(opset: int) -> None:
+    model, data = model_with_norms(opset=opset), Feeds(feeds())
+    params = calibrate_model(model, data, output_per_channel=True)
+    assert params.norms[0].output_record.per_channel
+    assert params.norms[0].spec.output.channel_scales is not None
+    verified = fxp.export.verify(model, fxp.export.quantize_model(model, params), params, data)
+    assert verified.exact
+    assert all(output.sqnr_db is not None and output.sqnr_db > 30 for output in verified.outputs)
+
+
 def test_model_hash_is_the_files_own_and_covers_external_data(tmp_path: Path) -> None:
     path, data = tmp_path / "m.onnx", Feeds(feeds())
     onnx.save(model_with_norms(), path)

@@ -45,6 +45,10 @@ _TYPES = click.Choice([dtype.value for dtype in DType])
     "0 for wider ones]",
 )
 @click.option(
+    "--output-per-channel", is_flag=True,
+    help="Give each output channel a scale of its own, for consumers that dequantize so, instead of an exponent.",
+)  # fmt: skip
+@click.option(
     "--symmetric/--asymmetric", default=None,
     help="Whether the zero point is the middle of the codes. [default: symmetric with exponents, asymmetric without]",
 )  # fmt: skip
