@@ -13,7 +13,6 @@ from ..export.loading import Model, load_model
 from ..export.norms import Norm, find_norms
 from ..export.qdq import find_border
 from ..params import CalibrationWarning, ModelParams, NormParams
-from ..planner import plan
 from ..quantization import DType
 from ..runtime import FeedHash, Feeds
 from .engine import Engine, LocalEngine
@@ -139,7 +138,7 @@ class ModelCalibration:
                 if border is None:
                     spec = calibration.spec(options)
                 else:
-                    spec = plan(norm.layer, border.input, border.output, lane=options.lane, hardware=options.hardware)
+                    spec = border.plan(norm.layer, options.lane, options.hardware)
             except FxpError as error:
                 raise type(error)(f"norm {norm.name!r}: {error}") from error
             entries.append(
@@ -147,7 +146,7 @@ class ModelCalibration:
                     name=norm.name, input=norm.input, output=norm.output, rows=seen.rows, left_out=seen.left_out,
                     input_record=side_record(None if border else options.input, seen.input),
                     output_record=side_record(None if border else options.output, seen.output),
-                    sqnr_db=calibration.sqnr_db(spec), spec=spec,
+                    sqnr_db=calibration.sqnr_db(spec) if spec.residual is None else None, spec=spec,
                 )
             )  # fmt: skip
             warnings += find_warnings(norm, seen)

@@ -10,7 +10,6 @@ from ..export.norms import find_norms
 from ..export.qdq import find_border
 from ..hardware import Hardware
 from ..params import ModelParams, NormParams
-from ..planner import plan
 from ..runtime import FeedHash
 from .record import model_sha256, side_record, versions
 
@@ -56,7 +55,7 @@ def quantized_norms(model: Model, *, lane: int | None = None, hardware: Hardware
             skipped[norm.name] = norm.blocker or "it stands between no quantizers; it needs data to be calibrated"
             continue
         try:
-            spec = plan(norm.layer, border.input, border.output, lane=lane, hardware=hardware)
+            spec = border.plan(norm.layer, lane, hardware)
         except FxpError as error:
             raise type(error)(f"norm {norm.name!r}: {error}") from error
         entries.append(

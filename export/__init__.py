@@ -10,9 +10,10 @@ from .diagnosis import CodeDifference, StageDifference
 from .loading import load_model
 from .model import ExportedNorm, Replacement, exported_norms, quantize_model, replace_norms, to_onnx
 from .norms import Norm, find_norms
+from .probing import probe
 from .qdq import Border, find_border
 from .subgraph import Form, Word
-from .verify import NormCheck, OutputCheck, Verification, Verifier, probe, verify
+from .verify import NormCheck, OutputCheck, Verification, Verifier, verify
 from .writing import export_model
 
 __all__ = [

@@ -7,19 +7,18 @@ from the spec and run by ONNX's reference operators, so that it doesn't matter i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from ..errors import DataError
 from ..spec import LayerNormSpec
-from .model import ExportedNorm, to_onnx
+from .model import to_onnx
 from .subgraph import Word
 
 Array = npt.NDArray[Any]
@@ -37,7 +36,7 @@ STAGES = {
     "t": "the normalized value: times R, shifted to the right",
     "y": "the output code: gain, offset, shift and clamp",
 }
-_LETTER = re.compile(rf"([{''.join(STAGES)}])(\..+)?")
+LETTER = re.compile(rf"([{''.join(STAGES)}])(\..+)?")
 #: Rows that are examined, and codes that are listed, at most.
 MOST_ROWS, MOST_CODES = 16, 5
 
@@ -98,43 +97,8 @@ def differing_codes(feed: int, expected: Array, got: Array) -> list[CodeDifferen
     ]
 
 
-def with_stages(model: ir.Model, places: list[ExportedNorm]) -> tuple[ir.Model, list[dict[str, str]]]:
-    """Return a copy of a model whose norms' stages have names in its graph, and these names for each norm.
-
-    In the function form the functions are given further outputs for that.
-    """
-    model = model.clone()
-    values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=True)
-    names: list[dict[str, str]] = []
-    for place in places:
-        node = values[place.codes_out].producer() if place.codes_out in values else None
-        function = None if node is None else model.functions.get(node.op_identifier())
-        if function is None:
-            names.append({letter: name for letter, name in place.stages.items() if name in values})
-            continue
-        stages = [value for inner in function for value in inner.outputs if _LETTER.fullmatch(value.name or "")]
-        stages = [value for value in stages if value not in function.outputs[:1]]
-        if len(function.outputs) == 1:
-            function.outputs.extend(stages)
-        assert node is not None
-        node.resize_outputs(1 + len(stages))
-        own: dict[str, str] = {}
-        for value, stage in zip(node.outputs[1:], stages, strict=True):
-            letter = stage.name or ""
-            own[letter] = value.name = _free(f"{place.name}/{letter}", values)
-            values[value.name] = value
-        names.append(own)
-    return model, names
-
-
-def _free(name: str, taken: Mapping[str, ir.Value]) -> str:
-    while name in taken:
-        name += "_"
-    return name
-
-
 def first_difference(
-    spec: LayerNormSpec, word: Word | str, codes: Array, got: Array, stages: Mapping[str, Array]
+    spec: LayerNormSpec, word: Word | str, codes: Sequence[Array], got: Array, stages: Mapping[str, Array]
 ) -> StageDifference:
     """Return the first stage in which a consumer differs from the definition.
 
@@ -143,13 +107,15 @@ def first_difference(
     spec : LayerNormSpec
     word : Word
         The word of the subgraph that the consumer ran.
-    codes, got : ndarray of shape (rows, n)
-        Input codes, and the output codes that the consumer made of them.
+    codes : sequence of ndarray of shape (rows, n)
+        Input codes, and those of the residual where there is one.
+    got : ndarray of shape (rows, n)
+        The output codes that the consumer made of them.
     stages : mapping of str to ndarray
         The consumer's stages by their letters, of as many rows.
     """
     expected = expected_stages(spec, word, codes)
-    rows = len(codes)
+    rows = len(got)
     for name in sorted(set(stages) & set(expected), key=lambda name: list(STAGES).index(name[0])):
         wanted, found = _numbers(expected[name], stages[name], rows)
         if wanted.shape != found.shape or not np.array_equal(wanted, found):
@@ -160,14 +126,17 @@ def first_difference(
     return OTHERWISE_RIGHT
 
 
-def expected_stages(spec: LayerNormSpec, word: Word | str, codes: Array) -> dict[str, Array]:
+def expected_stages(spec: LayerNormSpec, word: Word | str, codes: Sequence[Array]) -> dict[str, Array]:
     """Return every stage of rows of codes, and the output codes as `y`, by ONNX's reference operators."""
     proto = to_onnx(spec, word=word)
-    named = {output for node in proto.graph.node for output in node.output if _LETTER.fullmatch(output)} - {"y"}
+    named = {output for node in proto.graph.node for output in node.output if LETTER.fullmatch(output)} - {"y"}
     proto.graph.output.extend(onnx.helper.make_value_info(name, onnx.TypeProto()) for name in sorted(named))
+    shape = (-1, *spec.normalized_shape)
+    feed = {name: array.reshape(shape) for name, array in zip(("q", "residual"), codes, strict=False)}
+    names = [output.name for output in proto.graph.output]
     with np.errstate(over="ignore"):  # sums and products may wrap where only their difference counts
-        results = ReferenceEvaluator(proto).run(None, {"q": codes.reshape(-1, *spec.normalized_shape)})
-    return dict(zip(["y", *sorted(named)], results, strict=True))
+        results = ReferenceEvaluator(proto).run(None, feed)
+    return dict(zip(names, results, strict=True))
 
 
 def _numbers(expected: Array, got: Array, rows: int) -> tuple[Array, Array]:

@@ -42,7 +42,8 @@ class ExportedNorm:
 
     A norm that stood between quantizers has no float input and output any more. `stages` names the values between the
     codes by their letters in docs/arithmetic.md; those of a function node are named so in the function itself. `form`
-    and `word` are those that it was written in.
+    and `word` are those that it was written in. `residual` and `codes_sum` are the codes that are added, and those of
+    the sum, where the norm has them.
     """
 
     name: str
@@ -53,6 +54,8 @@ class ExportedNorm:
     stages: dict[str, str] = field(default_factory=dict)
     form: str = Form.FUNCTION
     word: str = Word.INT64
+    residual: str | None = None
+    codes_sum: str | None = None
 
 
 def to_onnx(
@@ -63,6 +66,9 @@ def to_onnx(
     leading: Sequence[str | int] = ("rows",),
 ) -> onnx.ModelProto:
     """Return a model that maps input codes ``q`` to output codes ``y``.
+
+    Where the spec adds a residual, its codes are a second input, ``residual``; where the sum has codes of its own, they
+    are a second output, ``sum``.
 
     Parameters
     ----------
@@ -84,17 +90,32 @@ def to_onnx(
     if form is Form.QDQ:
         raise ModelError("a norm by itself has no form qdq: it is for norms of a model, with `quantize_model`")
     shape = [*leading, *spec.normalized_shape]
-    q = ir.Value(name="q", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.from_numpy(spec.input.dtype.numpy)))
+    operands = [_typed(name, params, shape) for name, params in zip(("q", "residual"), spec.operands, strict=False)]
     tape = Tape()
-    y, functions, stages = subgraph.append(tape, spec, q, rank=len(shape), form=form, word=word, name="", opset=OPSET)
+    y, functions, stages = subgraph.append(
+        tape, spec, *operands[:1], rank=len(shape), form=form, word=word, name="", opset=OPSET,
+        residual=operands[1] if len(operands) > 1 else None,
+    )  # fmt: skip
+    w = stages.pop("w", None)
     for letter, value in stages.items():
         value.name = letter
-    y.name, y.shape = "y", ir.Shape(shape)
-    y.type = ir.TensorType(ir.DataType.from_numpy(spec.output.dtype.numpy))
-    graph = ir.Graph([q], [y], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": OPSET}, name="norm")
+    outputs = [_typed("y", spec.output, shape, y)]
+    if w is not None and spec.sum_output is not None:
+        outputs.append(_typed("sum", spec.sum_output, shape, w))
+    graph = ir.Graph(
+        operands, outputs, nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": OPSET}, name="norm"
+    )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="fxp-layernorm", producer_version=__version__)
     _add_functions(model, functions)
     return ir.to_proto(model)
+
+
+def _typed(name: str, params: QuantParams, shape: Sequence[str | int], value: ir.Value | None = None) -> ir.Value:
+    """Return codes with a name, a type and a shape."""
+    value = ir.Value() if value is None else value
+    value.name, value.shape = name, ir.Shape(shape)
+    value.type = ir.TensorType(ir.DataType.from_numpy(params.dtype.numpy))
+    return value
 
 
 @dataclass(frozen=True)
@@ -234,7 +255,10 @@ def _replace(
     tape = Tape()
     shape, functions, stages = spec.normalized_shape, dict[str, ir.Function](), dict[str, ir.Value]()
     nodes: tuple[ir.Node, ...] = norm.nodes
+    place = norm.nodes[-1]
     if form is Form.QDQ and border:
+        if border.add is not None:
+            raise ModelError(f"the norm {norm.name!r} is between quantizers already, with the residual add before it")
         codes_in, codes_out = border.codes, border.quantizers[0].outputs[0]
         results = {old: floating.norm(tape, spec, x, opset)}
     elif form is Form.QDQ:
@@ -244,27 +268,32 @@ def _replace(
         codes_in = border.codes if border else _quantize(tape, x, spec.input, shape, opset)
         codes_out, functions, stages = subgraph.append(
             tape, spec, codes_in, rank=len(x.shape) if x.shape is not None else None, form=form, word=word,
-            name=norm.name, opset=opset,
+            name=norm.name, opset=opset, residual=border.residual_codes if border else None,
         )  # fmt: skip
         if border:
-            nodes, results = (*norm.nodes, *border.quantizers), border.results(tape, codes_out)
-            unused += [x, *(value for node in border.quantizers for value in node.inputs[1:] if value is not None)]
+            results = border.results(tape, codes_out, stages.get("w"))
+            nodes, place = (*norm.nodes, *border.nodes), border.place(norm)
+            unused += border.unused
         else:
             results = {old: _dequantize(tape, codes_out, spec.output, shape, opset, old.dtype)}
+    codes_sum = stages.pop("w", None)
     roles = {codes_in: "codes_in", codes_out: "codes_out", **{value: letter for letter, value in stages.items()}}
+    if codes_sum is not None:
+        roles[codes_sum] = "codes_sum"
     _name(tape, norm.name, taken, roles)
-    for value, params in ((codes_in, spec.input), (codes_out, spec.output)):
-        value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(params.dtype.numpy)), x.shape
+    for value, params in ((codes_in, spec.input), (codes_out, spec.output), (codes_sum, spec.sum_output)):
+        if value is not None and params is not None:
+            value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(params.dtype.numpy)), x.shape
     for value in tape.initializers:
         graph.register_initializer(value)
-    ir.convenience.replace_nodes_and_values(
-        graph, norm.nodes[-1], nodes, tape.nodes, list(results), list(results.values())
-    )
+    ir.convenience.replace_nodes_and_values(graph, place, nodes, tape.nodes, list(results), list(results.values()))
     _remove_unused(unused)
-    floats = (None, None) if border else (x.name, results[old].name)
     exported = ExportedNorm(
-        norm.name, floats[0], codes_in.name or "", codes_out.name or "", floats[1],
-        {letter: value.name or "" for letter, value in stages.items()},
+        name=norm.name, input=None if border else x.name, codes_in=codes_in.name or "",
+        codes_out=codes_out.name or "", output=None if border else results[old].name,
+        stages={letter: value.name or "" for letter, value in stages.items()},
+        residual=border.residual_codes.name if border and border.residual_codes is not None else None,
+        codes_sum=None if codes_sum is None else codes_sum.name,
     )  # fmt: skip
     return exported, functions
 

@@ -1,11 +1,12 @@
-"""Norms between quantizers: in models that are quantized already, a DequantizeLinear before and QuantizeLinear behind.
+"""Norms between quantizers: in models that are quantized already, DequantizeLinear before and QuantizeLinear behind.
 
-Such a norm takes codes and gives codes: its quantization parameters stand in the model, nothing is left to calibrate,
-and the integer norm takes the place of the float norm together with the quantizers around it.
+Such a norm, or a residual add with the norm behind it, takes codes and gives codes: its quantization parameters stand
+in the model, nothing is left to calibrate, and the integer norm takes its place together with the quantizers around it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from ..errors import InputError
+from ..hardware import Hardware
+from ..layer import LayerNorm, RMSNorm
+from ..planner import plan
 from ..quantization import LARGEST_EXPONENT, DType, QuantParams
 from ..spec import LayerNormSpec
 from . import fused
@@ -24,62 +28,148 @@ from .norms import Norm
 
 @dataclass(frozen=True)
 class Border:
-    """The quantizers around a norm.
+    """The quantizers around a norm, or around a norm and the residual add before it.
 
     Attributes
     ----------
     input, output : QuantParams
         As the model has them.
     codes : onnx_ir.Value
-        What the norm's DequantizeLinear reads.
-    dequantized : onnx_ir.Value
-        What the norm reads.
+        What the DequantizeLinear before the norm reads.
     quantizers : tuple of onnx_ir.Node
         The QuantizeLinear nodes that read the norm's output, with one and the same parameters.
+    dequantized : tuple of onnx_ir.Value
+        What the norm, or the add before it, reads.
+    add : onnx_ir.Node or None
+        The residual add. It is part of the integer norm: the sum between is not rounded to any codes.
+    residual : QuantParams or None
+    residual_codes : onnx_ir.Value or None
+        The same of the add's second operand.
+    sum_output : QuantParams or None
+    sum_quantizers : tuple of onnx_ir.Node
+        The same of the sum, where it is quantized for the next residual.
     """
 
     input: QuantParams
     output: QuantParams
     codes: ir.Value
-    dequantized: ir.Value
     quantizers: tuple[ir.Node, ...]
+    dequantized: tuple[ir.Value, ...]
+    add: ir.Node | None = None
+    residual: QuantParams | None = None
+    residual_codes: ir.Value | None = None
+    sum_output: QuantParams | None = None
+    sum_quantizers: tuple[ir.Node, ...] = ()
+
+    def plan(
+        self, layer: LayerNorm | RMSNorm, lane: int | None = None, hardware: Hardware | str | None = None
+    ) -> LayerNormSpec:
+        """Return the spec of a layer between these quantizers; see `planner.plan`."""
+        return plan(
+            layer, self.input, self.output, residual=self.residual, sum_output=self.sum_output, lane=lane,
+            hardware=hardware,
+        )  # fmt: skip
 
     def fits(self, spec: LayerNormSpec) -> bool:
         """Whether a spec takes and gives the codes of this border."""
-        return (spec.input, spec.output) == (self.input, self.output)
+        own = self.input, self.output, self.residual, self.sum_output
+        return own == (spec.input, spec.output, spec.residual, spec.sum_output)
 
-    def results(self, tape: Tape, codes: ir.Value) -> dict[ir.Value, ir.Value]:
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """What goes, besides the norm, where the integer norm takes its place."""
+        return (*self.quantizers, *self.sum_quantizers, *((self.add,) if self.add is not None else ()))
+
+    @property
+    def unused(self) -> list[ir.Value]:
+        """What nothing may need any more then."""
+        readers = (*self.quantizers, *self.sum_quantizers)
+        return [*self.dequantized, *(value for node in readers for value in node.inputs[1:] if value is not None)]
+
+    def place(self, norm: Norm) -> ir.Node:
+        """Return the node that the integer norm can stand behind: what reads its sum may come before the norm."""
+        return norm.nodes[-1] if self.add is None else self.add
+
+    def results(self, tape: Tape, codes: ir.Value, sum_codes: ir.Value | None) -> dict[ir.Value, ir.Value]:
         """Return what takes the place of each quantizer's output: the codes, or a copy for a second graph output."""
-        *others, last = sorted((node.outputs[0] for node in self.quantizers), key=ir.Value.is_graph_output)
-        copies = {value: tape.op("Identity", [codes]) if value.is_graph_output() else codes for value in others}
-        return copies | {last: codes}
+        results = _results(tape, self.quantizers, codes)
+        return results if sum_codes is None else results | _results(tape, self.sum_quantizers, sum_codes)
+
+
+def _results(tape: Tape, quantizers: tuple[ir.Node, ...], codes: ir.Value) -> dict[ir.Value, ir.Value]:
+    *others, last = sorted((node.outputs[0] for node in quantizers), key=ir.Value.is_graph_output)
+    copies = {value: tape.op("Identity", [codes]) if value.is_graph_output() else codes for value in others}
+    return copies | {last: codes}
 
 
 def find_border(norm: Norm) -> Border | None:
     """Return the quantizers around a norm, None where its input or its output is needed in floats.
 
-    The input must come from a DequantizeLinear, and all that reads the output must be QuantizeLinear nodes with the
-    same parameters: constants, per tensor or one scale a channel of the normalized dimensions.
+    The input must come from a DequantizeLinear, or be the sum of two; all that reads the output must be QuantizeLinear
+    nodes with the same parameters, and all else that reads the sum, too. Parameters are constants, per tensor or one
+    scale a channel of the normalized dimensions.
     """
     if norm.layer is None:
         return None
-    x, y = input_value(norm), norm.nodes[-1].outputs[0]
-    dequantizer = x.producer()
-    quantizers = tuple(dict.fromkeys(y.consumers()))
-    if dequantizer is None or not is_quantizer(dequantizer, DEQUANTIZE) or y.is_graph_output() or not quantizers:
-        return None
-    graph = norm.nodes[-1].graph
-    if not all(is_quantizer(node, QUANTIZE) and node.inputs[0] is y and node.graph is graph for node in quantizers):
-        return None
-    codes = dequantizer.inputs[0]
-    if codes is None or codes.graph is not graph:
-        return None
+    x, graph = input_value(norm), norm.nodes[-1].graph
     rank = len(x.shape) if x.shape is not None else None
-    source = _params(dequantizer, norm, rank)
-    targets = [_params(node, norm, rank) for node in quantizers]
-    if source is None or targets[0] is None or any(target != targets[0] for target in targets):
+    quantizers, output = _quantizers(norm.nodes[-1].outputs[0], (), norm, rank)
+    if not quantizers or output is None:
         return None
-    return Border(source, targets[0], codes, x, quantizers)
+    add = x.producer()
+    if add is None or add.op_type != "Add" or add.domain not in ("", "ai.onnx"):
+        source, codes = _dequantized(x, norm, rank)
+        if source is None or codes is None or codes.graph is not graph:
+            return None
+        return Border(source, output, codes, quantizers, (x,))
+    operands = [value for value in add.inputs if value is not None]
+    (source, codes), (residual, residual_codes) = (_dequantized(value, norm, rank) for value in operands)
+    inside = all(value is not None and value.graph is graph for value in (codes, residual_codes))
+    if source is None or codes is None or residual is None or not inside or add.graph is not graph:
+        return None
+    if x.is_graph_output() or not all(_same_shape(value, x) for value in operands):
+        return None
+    sum_quantizers, sum_output = _quantizers(x, norm.nodes, norm, rank)
+    if sum_quantizers is None or (sum_output is not None and sum_output.channel_scales is not None):
+        return None
+    return Border(
+        source, output, codes, quantizers, tuple(operands), add, residual, residual_codes, sum_output, sum_quantizers
+    )
+
+
+def _dequantized(value: ir.Value, norm: Norm, rank: int | None) -> tuple[QuantParams | None, ir.Value | None]:
+    """Return the parameters and the codes of a dequantized value, None where it is none."""
+    node = value.producer()
+    if node is None or not is_quantizer(node, DEQUANTIZE):
+        return None, None
+    return _params(node, norm, rank), node.inputs[0]
+
+
+def _quantizers(
+    value: ir.Value, readers: Sequence[ir.Node], norm: Norm, rank: int | None
+) -> tuple[tuple[ir.Node, ...] | None, QuantParams | None]:
+    """Return the QuantizeLinear nodes that read a value, besides other readers, and their parameters.
+
+    The nodes are None where something else reads it, or their parameters differ.
+    """
+    nodes = tuple(node for node in dict.fromkeys(value.consumers()) if node not in readers)
+    graph = norm.nodes[-1].graph
+    if value.is_graph_output() or not all(
+        is_quantizer(node, QUANTIZE) and node.inputs[0] is value and node.graph is graph for node in nodes
+    ):
+        return None, None
+    found = [_params(node, norm, rank) for node in nodes]
+    if not found:
+        return (), None
+    return (nodes, found[0]) if found[0] is not None and all(other == found[0] for other in found) else (None, None)
+
+
+def _same_shape(value: ir.Value, other: ir.Value) -> bool:
+    """Whether two values surely have the same shape, so that their sum needs no broadcasting."""
+    if value.shape is None or other.shape is None or len(value.shape) != len(other.shape):
+        return False
+    pairs = zip(value.shape, other.shape, strict=True)
+    return all(a == b and (isinstance(a, int) or a.value is not None) for a, b in pairs)
 
 
 def input_value(norm: Norm) -> ir.Value:
@@ -107,9 +197,11 @@ def _params(node: ir.Node, norm: Norm, rank: int | None) -> QuantParams | None:
         if scales.size == 1:
             return QuantParams(dtype, float(scales.item()), zero_point)
         channels = _channels(scales, node.attributes.get_int("axis", 1), norm, rank)
-        exponents = None if channels is None else _exponents(channels)
-        if channels is None or exponents is None:
+        if channels is None:
             return None
+        exponents = _exponents(channels)
+        if exponents is None:
+            return QuantParams(dtype, float(channels.max()), zero_point, channel_scales=channels.tolist())
         return QuantParams(dtype, float(channels.min()), zero_point, exponents)
     except InputError:
         return None

@@ -16,7 +16,7 @@ from onnx_ir.tape import Tape
 from ..errors import ModelError
 from ..proof import NormKind
 from ..spec import LayerNormSpec
-from . import int64, narrow
+from . import input_stage, int64, narrow
 from .graph import Operand, Writer
 
 #: The domain of the function form, and its version.
@@ -40,7 +40,16 @@ class Word(StrEnum):
 
 
 def append(
-    tape: Tape, spec: LayerNormSpec, q: ir.Value, *, rank: int | None, form: Form, word: Word, name: str, opset: int
+    tape: Tape,
+    spec: LayerNormSpec,
+    q: ir.Value,
+    *,
+    rank: int | None,
+    form: Form,
+    word: Word,
+    name: str,
+    opset: int,
+    residual: ir.Value | None = None,
 ) -> tuple[ir.Value, dict[str, ir.Function], dict[str, ir.Value]]:
     """Append an integer norm from codes to codes.
 
@@ -58,6 +67,8 @@ def append(
         The norm's name.
     opset : int
         The graph's.
+    residual : onnx_ir.Value, optional
+        The codes that are added, where the spec has a residual.
 
     Returns
     -------
@@ -66,7 +77,8 @@ def append(
     dict of str to onnx_ir.Function
         The functions that the nodes call, by name.
     dict of str to onnx_ir.Value
-        The values between the codes, by their letters (`int64.Body.stages`); a function names its own ones so.
+        The values between the codes, by their letters (`int64.Body.stages`); a function names its own ones so. ``w``
+        are the codes of the sum, where the spec has them.
 
     Raises
     ------
@@ -74,13 +86,20 @@ def append(
         If the word doesn't hold the spec, or the opset doesn't have its operators.
     """
     unsupported = {
-        "eps outside the root": spec.A, "a residual add, channel scales or accumulators": spec.adder,
+        "eps outside the root": spec.A,
+        f"a residual add, channel scales or accumulators in the word {word}": spec.adder and word is not Word.INT64,
         "an accumulator beyond its lane": spec.lane < 64 and spec.accumulator > 32,
         "axes that are not the last": spec.axes != tuple(range(-len(spec.axes), 0)),
     }  # fmt: skip
     for what, applies in unsupported.items():
         if applies:
             raise ModelError(f"the subgraph can't be written for {what} yet")
+    if spec.adder is not None:
+        u, w = input_stage.append(tape, spec, [q] if residual is None else [q, residual])
+        y, functions, stages = append(
+            tape, input_stage.behind(spec), u, rank=rank, form=form, word=word, name=name, opset=opset
+        )
+        return y, functions, stages if w is None else {**stages, "w": w}
     flatten = len(spec.normalized_shape) > 1 or rank == 1
     writer = Writer(tape if form is Form.INLINE else Tape(), attributes(spec), inline=form is Form.INLINE)
     body = _body(spec, word, writer)

@@ -9,16 +9,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnx_ir as ir
 
 from ..axes import to_rows
 from ..errors import DataError, InputError, ModelError
-from ..exposure import expose
 from ..inference import FxpLayerNorm
 from ..params import ModelParams
 from ..quantization import DType
-from ..runtime import Feed, Feeds, Session, load_external_data
+from ..runtime import Feed, Feeds, Session
 from ..spec import LayerNormSpec
 from .diagnosis import (
     MOST_ROWS,
@@ -27,11 +24,11 @@ from .diagnosis import (
     StageDifference,
     differing_codes,
     first_difference,
-    with_stages,
 )
 from .float_bound import beyond_float32
 from .loading import Model, load_model
 from .model import ExportedNorm, exported_norms
+from .probing import compared_values, with_stages
 from .subgraph import Form
 
 
@@ -191,7 +188,9 @@ class Verifier:
         self._session: Session | None = None
         self._results: Iterator[Feed] | None = None
         if results is None:
-            self._session = Session(model, {name: specs[norm].normalized_shape for name, norm in _values(self._places)})
+            self._session = Session(
+                model, {name: specs[norm].normalized_shape for name, norm in compared_values(self._places)}
+            )
         else:
             self._results = iter(results)
 
@@ -249,11 +248,16 @@ class Verifier:
         values = next(self._results, None)
         if values is None:
             raise DataError(f"there are results of {self._feeds} feeds only")
-        codes = {}
+        held, codes = {**feed, **values}, {}
         for place in self._places:
             spec = self._specs[place.name]
-            for name, dtype in ((place.codes_in, spec.input.dtype), (place.codes_out, spec.output.dtype)):
-                codes[name] = _narrowed({**feed, **values}, name, dtype)
+            names = {
+                place.codes_in: spec.input, place.codes_out: spec.output, place.residual: spec.residual,
+                place.codes_sum: spec.sum_output,
+            }  # fmt: skip
+            for name, params in names.items():
+                if name is not None and params is not None:
+                    codes[name] = _narrowed(held, name, params.dtype)
         return {**values, **codes}
 
     def _compare(
@@ -263,9 +267,12 @@ class Verifier:
         codes_in, codes_out = values[place.codes_in], values[place.codes_out]
         check.codes += codes_out.size
         try:
-            expected = kernel(codes_in)
+            expected, total = _expected(kernel, place, values)
         except InputError as error:
             raise ModelError(f"the norm {place.name!r} was exported with other parameters: {error}") from error
+        if total is not None and place.codes_sum is not None:
+            check.codes += total.size
+            check.mismatches += int(np.count_nonzero(total != values[place.codes_sum]))
         if expected.shape != codes_out.shape:
             raise DataError(f"{place.codes_out!r} has the shape {codes_out.shape}; it must have {expected.shape}")
         if not np.array_equal(expected, codes_out):
@@ -289,23 +296,29 @@ class Verifier:
         """Return the first stage that differs: of the results where they hold stages, else of another run."""
         spec, kernel = self._specs[place.name], self._kernels[place.name]
         if self._session is not None:
-            shapes = {place.codes_in: spec.normalized_shape, place.codes_out: spec.normalized_shape}
+            codes_of = (place.codes_in, place.codes_out, place.residual)
+            shapes = {name: spec.normalized_shape for name in codes_of if name is not None}
             shapes |= {name: (spec.n if letter[0] in "ut" else 1,) for letter, name in stages.items()}
             values = Session(self._model, shapes).run(feed)
-        codes, got = values[place.codes_in], _rows(values[place.codes_out], spec)
-        wrong = np.flatnonzero(np.any(_rows(kernel(codes), spec) != got, axis=1))[:MOST_ROWS]
+        got = _rows(values[place.codes_out], spec)
+        wrong = np.flatnonzero(np.any(_rows(_expected(kernel, place, values)[0], spec) != got, axis=1))[:MOST_ROWS]
         if not wrong.size:
             return OTHERWISE_RIGHT
         held = {
             letter: np.reshape(values[name], (len(got), -1))[wrong] for letter, name in stages.items() if name in values
         }
-        return first_difference(spec, place.word, _rows(codes, spec)[wrong], got[wrong], held) if held else None
+        operands = [_rows(values[name], spec)[wrong] for name in (place.codes_in, place.residual) if name is not None]
+        return first_difference(spec, place.word, operands, got[wrong], held) if held else None
 
 
-def _values(places: list[ExportedNorm]) -> list[tuple[str, str]]:
-    """Return the names of the values that are compared in every run, each with that of its norm."""
-    values = [(place.name, (place.input, place.codes_in, place.codes_out, place.output)) for place in places]
-    return [(value, norm) for norm, names in values for value in names if value is not None]
+def _expected(
+    kernel: FxpLayerNorm, place: ExportedNorm, values: Mapping[str, npt.NDArray[Any]]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+    """Return the kernel's output codes, and its codes of the sum where the norm has such."""
+    residual = None if place.residual is None else values[place.residual]
+    if place.codes_sum is None:
+        return kernel(values[place.codes_in], residual=residual), None
+    return kernel.with_sum(values[place.codes_in], residual)
 
 
 def _narrowed(values: Mapping[str, npt.NDArray[Any]], name: str, dtype: DType) -> npt.NDArray[Any]:
@@ -321,26 +334,6 @@ def _narrowed(values: Mapping[str, npt.NDArray[Any]], name: str, dtype: DType) -
 
 def _rows(codes: npt.NDArray[Any], spec: LayerNormSpec) -> npt.NDArray[Any]:
     return to_rows(codes, spec.normalized_shape, spec.axes)
-
-
-def probe(exported: Model) -> onnx.ModelProto:
-    """Return an exported model with the norms' codes and stages as further outputs.
-
-    Run elsewhere, it gives what `Verifier` takes as results.
-
-    Raises
-    ------
-    ModelError
-        If the model can't be read, or has no integer norms.
-    """
-    model = load_model(exported)
-    places = exported_norms(model)
-    staged, stages = with_stages(model, places)
-    load_external_data(staged)
-    proto = ir.to_proto(staged)
-    names = [name for name, _ in _values(places)] + [name for own in stages for name in own.values()]
-    expose(proto, dict.fromkeys(names, ()))
-    return onnx.shape_inference.infer_shapes(proto)  # outputs must have types
 
 
 def verify(

@@ -139,11 +139,11 @@ def test_what_consumers_are_known_to_do_is_told(case: str) -> None:
     stage, change, hint = CARRIERS[case]
     spec = spec_of(NormKind.LAYERNORM, 768, "int8", "int8", 0, None)
     codes = noise(spec.input, 768, 4)
-    stages = expected_stages(spec, "int64", codes)
+    stages = expected_stages(spec, "int64", [codes])
     got = stages.pop("y")
     with np.errstate(all="ignore"):
         stages[stage] = change(stages[stage])
-    found = first_difference(spec, "int64", codes, got, stages)
+    found = first_difference(spec, "int64", [codes], got, stages)
     assert found.stage == stage
     assert hint in str(found)
     json.dumps(vars(found), allow_nan=False)
