@@ -173,9 +173,9 @@ def _power(values: Rows) -> float:
 
 def each_sample(samples: npt.ArrayLike | Iterable[npt.ArrayLike], update: Callable[[npt.ArrayLike], None]) -> None:
     """Pass on one array, or an iterable's arrays one after the other; an error tells which of them it is about."""
-    if not isinstance(samples, Iterable) and not _is_array(samples):
+    if not isinstance(samples, Iterable) and not is_array(samples):
         raise DataError(f"the samples are {samples!r}; an array or an iterable of arrays is expected")
-    arrays = cast("Iterable[npt.ArrayLike]", [samples] if _is_array(samples) else samples)
+    arrays = cast("Iterable[npt.ArrayLike]", [samples] if is_array(samples) else samples)
     for index, array in enumerate(arrays):
         try:
             update(array)
@@ -183,7 +183,7 @@ def each_sample(samples: npt.ArrayLike | Iterable[npt.ArrayLike], update: Callab
             raise type(error)(f"sample {index}: {error}") from error
 
 
-def _is_array(samples: object) -> bool:
+def is_array(samples: object) -> bool:
     """Whether samples are one array rather than an iterable of arrays: NumPy's, or nested lists of numbers."""
     if hasattr(samples, "__array__"):
         return True

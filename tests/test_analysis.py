@@ -16,6 +16,7 @@ from rows import KINDS, LANES, adversarial, exponents_of, layer_of, noise, param
 import fxp_layernorm as fxp
 from fxp_layernorm import DataError, InputError, LayerNormSpec, ModelError, NormKind, reference
 from fxp_layernorm.analysis import SCHEMA_VERSION, NormAnalysis, Stage, analyze_model, norms, stages
+from fxp_layernorm.analysis.attribution import attribute
 from fxp_layernorm.analysis.report import Harm, OutputError
 from fxp_layernorm.calibration import calibrate_model
 from fxp_layernorm.runtime import Feeds
@@ -73,7 +74,7 @@ def test_with_all_stages_exact_it_is_the_float_layer(kind: NormKind, lane: int) 
 
 def test_a_stage_that_costs_nothing_has_no_term() -> None:
     spec = calibrated(method="minmax")
-    attribution = stages.attribute(spec, real_rows())
+    attribution = attribute(spec, real_rows())
     for stage in (Stage.INPUT_SATURATION, Stage.OUTPUT_SATURATION):
         assert attribution.term(stage).power_lsb2 == 0
         assert attribution.term(stage).max_change_lsb == 0
@@ -83,7 +84,7 @@ def test_a_stage_that_costs_nothing_has_no_term() -> None:
 def test_terms_and_interaction_sum_up_to_the_total(options: dict[str, Any]) -> None:
     rows = real_rows(seed=1)
     spec = calibrated(**options)
-    attribution = stages.attribute(spec, rows)
+    attribution = attribute(spec, rows)
     terms = attribution.terms
     assert sum(term.power_lsb2 for term in terms) + attribution.interaction_lsb2 == pytest.approx(
         attribution.total_lsb2
@@ -109,18 +110,18 @@ def test_what_is_coarse_has_the_largest_term() -> None:
         },
     }  # fmt: skip
     for stage, changed in coarse.items():
-        attribution = stages.attribute(dataclasses.replace(spec, **changed), rows)  # type: ignore[arg-type]
+        attribution = attribute(dataclasses.replace(spec, **changed), rows)  # type: ignore[arg-type]
         assert attribution.term(stage).share > 0.8, stage
     for stage, options in {
         Stage.INPUT: {"input": "int8", "output": "int16", "exponents": 0},
         Stage.OUTPUT: {"input": "int16", "output": "int8", "method": "minmax"},
     }.items():
-        assert stages.attribute(calibrated(**options), real_rows()).term(stage).share > 0.8, stage  # type: ignore[arg-type]
+        assert attribute(calibrated(**options), real_rows()).term(stage).share > 0.8, stage  # type: ignore[arg-type]
     narrow = fxp.plan(layer_of(NormKind.LAYERNORM, 48), spec.input, fxp.QuantParams("int8", 1.0))
-    assert stages.attribute(calibrated(method="minmax"), 3 * rows).term(Stage.INPUT_SATURATION).max_change_lsb > 1
+    assert attribute(calibrated(method="minmax"), 3 * rows).term(Stage.INPUT_SATURATION).max_change_lsb > 1
     clipped = dataclasses.replace(narrow.output, scale=0.005)
     saturating = fxp.plan(layer_of(NormKind.LAYERNORM, 48), spec.input, clipped)
-    assert stages.attribute(saturating, rows).term(Stage.OUTPUT_SATURATION).share > 0.9
+    assert attribute(saturating, rows).term(Stage.OUTPUT_SATURATION).share > 0.9
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,6 +167,157 @@ def test_values_far_beyond_the_codes_are_attributed_to_saturation(lane: int, fac
     analysis = fxp.analyze(spec, rows)
     assert analysis.attribution.term(Stage.INPUT_SATURATION).share > 0.5
     assert abs(analysis.attribution.interaction_share) < 0.5
+
+
+def q(dtype: str, scale: float, zero_point: int = 0, **options: Any) -> fxp.QuantParams:
+    return fxp.QuantParams(dtype, scale, zero_point, **options)
+
+
+def outside(shape: int | tuple[int, ...] = 48, eps: float = 0.01, **options: Any) -> fxp.LayerNorm:
+    layer = fxp.LayerNorm(shape, eps, eps_outside=True, **options)
+    layer.weight = 1 + 0.3 * np.random.default_rng(0).standard_normal(layer.normalized_shape)
+    return layer
+
+
+SCALES = np.geomspace(0.05, 1.0, 48)
+#: Specs with an input stage, eps outside the root, or both, by what is odd about them.
+ODD = {
+    "residual": lambda lane: fxp.plan(
+        layer_of(NormKind.LAYERNORM, 48), q("int8", 0.5, 3), q("int8", 0.05), residual=q("int16", 0.001), lane=lane
+    ),
+    "sum output": lambda lane: fxp.plan(
+        layer_of(NormKind.RMSNORM, 48), q("int8", 0.5, 3), q("int16", 0.001), residual=q("uint8", 0.3, 100),
+        sum_output=q("int8", 0.6, -2), lane=lane,
+    ),
+    "accumulators": lambda lane: fxp.plan(
+        layer_of(NormKind.LAYERNORM, 48), q("int32", 1e-6), q("int8", 0.05), residual=q("int8", 0.01), lane=lane
+    ),
+    "channel scales": lambda lane: fxp.plan(
+        layer_of(NormKind.LAYERNORM, 48), q("int8", 1.0, channel_scales=tuple(SCALES)),
+        q("int8", 0.1, channel_scales=tuple(SCALES / 10)), lane=lane,
+    ),
+    "eps outside": lambda lane: fxp.plan(outside(), q("int8", 0.5), q("int8", 0.05), lane=lane),
+    "eps outside, none": lambda lane: fxp.plan(outside(eps=0.0), q("int8", 0.5), q("int8", 0.05), lane=lane),
+    "eps outside, residual": lambda lane: fxp.plan(
+        outside(eps=3.0), q("int8", 0.5), q("int16", 0.0005), residual=q("int8", 0.1), lane=lane
+    ),
+    "few codes": lambda lane: fxp.plan(
+        layer_of(NormKind.LAYERNORM, 48), q("int5", 2.0, narrow_range=True), q("uint4", 0.5, 8), lane=lane
+    ),
+}  # fmt: skip
+
+
+def codes_of(spec: LayerNormSpec, count: int, seed: int = 0) -> list[npt.NDArray[Any]]:
+    """Return random codes of each operand, of large and small deviation."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for params in spec.operands:
+        reach = (params.hi - params.lo) // 2 * rng.uniform(0.05, 1, (count, 1))
+        values = np.rint(rng.uniform(-1, 1, (count, spec.n)) * reach) + params.zero_point
+        found.append(np.clip(values, params.lo, params.hi).astype(params.dtype.numpy))
+    return found
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_specs_are_the_reference_and_the_float_layer(kind: str, lane: int) -> None:
+    spec: LayerNormSpec = ODD[kind](lane)
+    codes = codes_of(spec, 40)
+    # float64, in which every code comes back from its value
+    values = [
+        (array.astype(np.float64) - params.zero_point) * params.channel_steps(48)
+        for array, params in zip(codes, spec.operands, strict=True)
+    ]  # fmt: skip
+    rows = np.concatenate(values, axis=1)
+    for params, array, found in zip(spec.operands, codes, stages.operands(spec, rows), strict=True):
+        assert np.array_equal(params.quantize(found), array)
+    assert np.array_equal(stages.compute(spec, rows).y, reference.run(spec, *codes))
+    one = reference.row_stages(spec, *(array[-1].tolist() for array in codes))
+    computed = stages.compute(spec, rows)
+    assert computed.u[-1].tolist() == one.u
+    assert (computed.V[-1, 0], computed.R[-1, 0], computed.D[-1, 0]) == (one.V, one.R, one.D)
+
+    exact = stages.compute(spec, rows, set(Stage)).y.astype(np.float64)
+    assert np.allclose(stages.float_layer(spec, rows), exact, rtol=1e-9, atol=1e-9)
+    layer = norms._layer(spec, spec.axes)
+    real = layer(np.sum(values, axis=0)) / spec.output.channel_steps(48) + spec.output.zero_point
+    assert np.allclose(real, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_specs_are_analyzed(kind: str) -> None:
+    spec: LayerNormSpec = ODD[kind](None)
+    rng = np.random.default_rng(0)
+    values = [
+        rng.standard_normal((60, 48)) * params.channel_steps(48) * min(params.hi / 3, 2e5) for params in spec.operands
+    ]  # fmt: skip
+    analysis = fxp.analyze(spec, *values)
+    found = analysis.attribution
+    assert sum(term.power_lsb2 for term in found.terms) + found.interaction_lsb2 == pytest.approx(found.total_lsb2)
+    assert [term.stage for term in found.terms] == Stage.of(spec)
+    assert analysis.arithmetic.max_lsb <= analysis.proved_bound_lsb
+    codes = [params.quantize(array) for params, array in zip(spec.operands, values, strict=True)]
+    expected = norms._layer(spec, spec.axes)(np.sum(values, axis=0))
+    error = spec.output.dequantize(reference.run(spec, *codes)) - expected
+    assert analysis.sqnr_db == pytest.approx(
+        10 * np.log10(np.square(expected).sum() / np.square(error).sum()), abs=1e-4
+    )
+    assert all(width.headroom_seen >= width.headroom_proved - 1e-9 for width in analysis.widths)
+    assert (analysis.residual_saturation is not None) == (analysis.residual_histogram is not None) == len(values) - 1
+    assert (analysis.sum_saturation is not None) == (spec.sum_output is not None)
+    names = {line.name for line in analysis.spec}
+    assert ("residual" in names, "u" in names) == (spec.residual is not None, spec.adder is not None)
+    arrays = analysis.worst_rows
+    replayed = fxp.FxpLayerNorm(spec)(arrays["codes"], residual=arrays.get("residual_codes"))
+    row = np.concatenate([arrays[name] for name in ("float", "residual_float") if name in arrays], axis=1)
+    error = replayed - stages.float_layer(spec, row)
+    assert np.abs(error).max(axis=1).tolist() == pytest.approx([entry.max_lsb for entry in analysis.worst])
+
+
+def test_the_rounding_of_the_sum_has_a_term() -> None:
+    """Two operands of codes alone: with a coarse common scale, all of the noise is that of the sum."""
+    spec = ODD["residual"](None)
+    assert spec.adder is not None
+    adder = dataclasses.replace(
+        spec.adder, shift=spec.adder.shift + 9, scale=spec.adder.scale * 512
+    )  # fmt: skip
+    eps = dict(zip(("h", "E"), (0, 0), strict=True))
+    coarse = dataclasses.replace(spec, adder=adder, **eps)  # type: ignore[arg-type]
+    values = [params.dequantize(array) for params, array in zip(spec.operands, codes_of(spec, 50), strict=True)]
+    rows = np.concatenate(values, axis=1).astype(np.float64)
+    shares = {term.stage: term.share for term in attribute(coarse, rows).terms}
+    assert max(shares, key=lambda stage: shares[stage]) == Stage.SUM
+
+
+def test_axes_that_are_not_the_last() -> None:
+    layer = outside((4, 6), axes=(-3, -1))
+    x = np.random.default_rng(0).standard_normal((5, 4, 3, 6))
+    spec = fxp.plan(layer, q("int8", 0.03), q("int8", 0.05))
+    analysis = fxp.analyze(spec, [x[:2], x[2:]])
+    assert analysis.rows == 15
+    error = spec.output.dequantize(fxp.FxpLayerNorm(spec)(spec.input.quantize(x))) - layer(x)
+    assert analysis.sqnr_db == pytest.approx(
+        10 * np.log10(np.square(layer(x)).sum() / np.square(error).sum()), abs=1e-4
+    )
+    arrays = analysis.worst_rows
+    assert arrays["codes"].shape == (8, 4, 1, 6)
+    again = fxp.FxpLayerNorm(spec)(arrays["codes"]) - (layer(arrays["float"]) / 0.05)
+    assert np.abs(again).reshape(8, -1).max(axis=1).tolist() == pytest.approx([row.max_lsb for row in analysis.worst])
+
+
+@pytest.mark.parametrize(
+    ("kind", "samples", "residuals", "message"),
+    [
+        ("residual", np.ones((2, 48)), None, "give its values too"),
+        ("eps outside", np.ones((2, 48)), np.ones((2, 48)), "adds no residual"),
+        ("residual", np.ones((2, 48)), np.ones((3, 48)), r"shape \(3, 48\); the input has \(2, 48\)"),
+        ("residual", [np.ones((2, 48))] * 2, [np.ones((2, 48))], "give its values too"),
+        ("residual", [np.ones((2, 48))], [np.ones((2, 48))] * 2, "more residuals than samples"),
+    ],
+)
+def test_bad_residuals(kind: str, samples: Any, residuals: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fxp.analyze(ODD[kind](None), samples, residuals)
 
 
 def test_outlier_channels_are_named() -> None:
@@ -284,7 +436,7 @@ def test_json(tmp_path: Path) -> None:
     fields = {field.name for field in dataclasses.fields(NormAnalysis)} - {"worst_rows"}
     assert set(document) == fields | {"schema_version", "producer"}
     assert document["attribution"]["total_lsb2"] == analysis.attribution.total_lsb2
-    assert [term["stage"] for term in document["attribution"]["terms"]] == [stage.value for stage in Stage]
+    assert [term["stage"] for term in document["attribution"]["terms"]] == Stage.of(calibrated())
 
 
 def test_model() -> None:

@@ -6,10 +6,11 @@ with `to_html` and `to_json`. `sweep` tries formats, and says which of them no o
 
 from __future__ import annotations
 
+from .attribution import Attribution
 from .models import analyze_model
 from .norms import analyze
 from .report import SCHEMA_VERSION, ModelAnalysis, NormAnalysis
-from .stages import Attribution, Stage
+from .stages import Stage
 from .sweeps import Format, Sweep, formats, sweep
 
 __all__ = [

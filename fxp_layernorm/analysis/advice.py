@@ -23,8 +23,9 @@ from ..layer import LayerNorm, RMSNorm
 from ..planner import plan
 from ..quantization import QuantParams
 from ..spec import LayerNormSpec
+from .attribution import Attribution
 from .report import Saturation, Suggestion
-from .stages import Attribution, Stage
+from .stages import Stage
 
 Rows = npt.NDArray[np.floating[Any]]
 

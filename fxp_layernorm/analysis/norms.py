@@ -5,14 +5,16 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration.layers import each_sample
+from ..axes import from_rows
+from ..calibration.layers import each_sample, is_array
 from ..calibration.observers import MinMaxObserver, RowSample, row_ids
-from ..errors import DataError
+from ..errors import DataError, InputError
 from ..layer import LayerNorm, RMSNorm
 from ..proof import NormKind
 from ..quantization import LARGEST_SCALE, QuantParams
@@ -20,6 +22,7 @@ from ..reference import ideal
 from ..spec import LayerNormSpec
 from . import advice, stages, tables
 from .advice import Command
+from .attribution import attribute
 from .report import (
     Arrays,
     Channels,
@@ -57,13 +60,17 @@ class NormAnalyzer:
 
     def __init__(self, spec: LayerNormSpec, name: str = "norm", command: Command | None = None) -> None:
         self.spec, self.name = spec, name
-        self.layer = _layer(spec)
+        self.layer = _layer(spec, spec.axes)
+        #: The same with the normalized dimensions last, where rows have them.
+        self._of_rows = replace(spec, axes=tuple(range(-len(spec.axes), 0)))
         self._command = command or Command()
         self._steps = stages.output_steps(spec)
-        self._sample = RowSample(max(SAMPLED_ELEMENTS // spec.n, SAMPLED_ROWS), spec.n)
-        self._input, self._output = MinMaxObserver(spec.n), MinMaxObserver(spec.n)
+        self._sample = RowSample(max(SAMPLED_ELEMENTS // spec.n, SAMPLED_ROWS), spec.n * len(spec.operands))
+        self._input, self._output = MinMaxObserver(spec.n * len(spec.operands)), MinMaxObserver(spec.n)
         self._arithmetic, self._total = _ErrorSums(spec.n), _ErrorSums(spec.n)
-        self._clipped_in, self._clipped_out = _Clips(spec.input, spec.n), _Clips(spec.output, spec.n)
+        self._clipped_in = [_Clips(params, spec.n) for params in spec.operands]
+        self._clipped_out = _Clips(spec.output, spec.n)
+        self._clipped_sum = None if spec.sum_output is None else _Clips(spec.sum_output, spec.n)
         self._differing = 0
         self._signal = self._integer_power = self._product = 0.0
         self._seen: dict[str, float] = {}
@@ -75,17 +82,25 @@ class NormAnalyzer:
         """The number of rows taken in."""
         return self._input.rows
 
-    def update(self, x: npt.ArrayLike) -> None:
-        """Take in real inputs of shape (..., *normalized_shape).
+    def update(self, x: npt.ArrayLike, residual: npt.ArrayLike | None = None) -> None:
+        """Take in real inputs, and the residual's where the spec adds one, with the layer's dimensions.
 
         Raises
         ------
         DataError
             If a value is NaN, infinite or beyond float32's range.
         InputError
-            If the trailing shape is another.
+            If the normalized shape is another, or a residual is missing, superfluous or of another shape.
         """
+        if (residual is None) is not (self.spec.residual is None):
+            raise InputError(
+                "the spec adds a residual: give its values too" if residual is None else "the spec adds no residual"
+            )
+        if residual is not None and np.shape(x) != np.shape(residual):
+            raise InputError(f"the residual has the shape {np.shape(residual)}; the input has {np.shape(x)}")
         rows = self.layer.rows(x)
+        if residual is not None:
+            rows = np.concatenate([rows, self.layer.rows(residual)], axis=1)
         first = self.rows
         self._input.update(rows)
         if rows.size and float(np.abs(rows).max()) > LARGEST_SCALE:
@@ -102,12 +117,16 @@ class NormAnalyzer:
             raise DataError("there is no row to analyze")
         spec, sample = self.spec, self._sample.rows()
         expected = stages.float_layer(spec, sample)
-        codes = spec.input.quantize(sample)
         y = stages.compute(spec, sample).y.astype(np.float64)
-        attribution = stages.attribute(spec, sample)
+        attribution = attribute(spec, sample)
         noise = self._total.squares * np.square(self._steps)
         channels = self._channels(noise)
-        saturations = self._clipped_in.result(self.rows), self._clipped_out.result(self.rows)
+        clipped_in = [clips.result(self.rows) for clips in self._clipped_in]
+        clipped_out = self._clipped_out.result(self.rows)
+        inputs = [
+            _positions(stages.positions(params, values), params)
+            for params, values in zip(spec.operands, stages.operands(spec, sample), strict=True)
+        ]
         worst = sorted(self._worst, key=lambda entry: entry[2].rms_lsb, reverse=True)
         product = math.sqrt(self._signal * self._integer_power)
         return NormAnalysis(
@@ -118,32 +137,34 @@ class NormAnalyzer:
             widths=tables.widths(spec, self._seen),
             proved_bound_lsb=0.5 + float(spec.excess),
             proved_terms_lsb=dict(spec.excess.terms),
-            arithmetic=self._arithmetic.result(self.rows, y - self._clamped_ideal(codes)),
+            arithmetic=self._arithmetic.result(self.rows, y - self._clamped_ideal(sample)),
             total=self._total.result(self.rows, y - expected),
             differing=self._differing / (self.rows * spec.n),
             sqnr_db=10 * math.log10(self._signal / noise.sum()) if self._signal and noise.any() else None,
             cosine=self._product / product if product else None,
             attribution=attribution,
             channels=channels,
-            input_saturation=saturations[0],
-            output_saturation=saturations[1],
-            input_histogram=_positions(stages.input_positions(spec, sample), spec.input),
+            input_saturation=clipped_in[0],
+            residual_saturation=clipped_in[1] if len(clipped_in) > 1 else None,
+            sum_saturation=None if self._clipped_sum is None else self._clipped_sum.result(self.rows),
+            output_saturation=clipped_out,
+            input_histogram=inputs[0],
+            residual_histogram=inputs[1] if len(inputs) > 1 else None,
             output_histogram=_positions(expected, spec.output),
             worst=tuple(entry[2] for entry in worst),
             suggestions=advice.for_norm(
-                self.name, self.layer, spec, attribution, saturations, sample, (self._input, self._output),
-                self._command,
-            ),
+                self.name, _layer(spec, self._of_rows.axes), spec, attribution, (clipped_in[0], clipped_out), sample,
+                (self._input, self._output), self._command,
+            ) if spec.adder is None else (),
             worst_rows=self._worst_rows(np.stack([entry[3] for entry in worst]), worst),
         )  # fmt: skip
 
     def _block(self, rows: Rows, first: int, sample_row: int) -> None:
         spec = self.spec
         expected = stages.float_layer(spec, rows)
-        codes = spec.input.quantize(rows)
         computed = stages.compute(spec, rows)
         y = computed.y.astype(np.float64)
-        clamped = self._clamped_ideal(codes)
+        clamped = self._clamped_ideal(rows)
         total = y - expected
         self._arithmetic.update(y - clamped)
         self._total.update(total)
@@ -154,17 +175,26 @@ class NormAnalyzer:
         self._signal += float(np.square(real).sum())
         self._integer_power += float(np.square(integer).sum())
         self._product += float((real * integer).sum())
-        self._clipped_in.update(stages.input_positions(spec, rows))
+        operands = stages.operands(spec, rows)
+        for clips, params, values in zip(self._clipped_in, spec.operands, operands, strict=True):
+            clips.update(stages.positions(params, values))
+        if self._clipped_sum is not None and spec.sum_output is not None:
+            self._clipped_sum.update(stages.positions(spec.sum_output, np.sum(operands, axis=0)))
         self._clipped_out.update(expected)
         for name, magnitude in tables.magnitudes(computed).items():
             self._seen[name] = max(self._seen.get(name, 0.0), magnitude)
         self._remember_worst(rows, total, first, sample_row)
 
-    def _clamped_ideal(self, codes: npt.NDArray[Any]) -> Floats:
+    def _clamped_ideal(self, rows: Rows) -> Floats:
         spec = self.spec
-        values = ideal(spec, codes.reshape(-1, *spec.normalized_shape)).reshape(codes.shape)
+        codes = [codes.reshape(-1, *spec.normalized_shape) for codes in self._codes(rows)]
+        values = ideal(self._of_rows, *codes).reshape(-1, spec.n)
         clamped: Floats = np.clip(values, spec.output.lo, spec.output.hi).astype(np.float64)
         return clamped
+
+    def _codes(self, rows: Rows) -> list[npt.NDArray[Any]]:
+        operands = stages.operands(self.spec, rows)
+        return [params.quantize(values) for params, values in zip(self.spec.operands, operands, strict=True)]
 
     def _remember_worst(self, rows: Rows, total: Floats, first: int, sample_row: int) -> None:
         power = np.square(total).mean(axis=1)
@@ -182,17 +212,18 @@ class NormAnalyzer:
                 heapq.heappushpop(self._worst, item)
 
     def _worst_rows(self, rows: Rows, worst: list[tuple[float, int, WorstRow, Rows]]) -> Arrays:
-        shape = self.spec.normalized_shape
-        return {
-            "codes": self.spec.input.quantize(rows).reshape(-1, *shape),
-            "float": rows.reshape(-1, *shape),
-            "rows": np.array([entry.row for *_, entry, _ in worst], dtype=np.int64),
-        }
+        spec = self.spec
+        sizes = dict(zip(spec.axes, spec.normalized_shape, strict=True))
+        shape = (len(rows), *(sizes.get(axis, 1) for axis in range(spec.axes[0], 0)))
+        arrays = dict(zip(("codes", "residual_codes"), self._codes(rows), strict=False))
+        arrays |= dict(zip(("float", "residual_float"), stages.operands(spec, rows), strict=False))
+        indices = np.array([entry.row for *_, entry, _ in worst], dtype=np.int64)
+        return {name: from_rows(values, shape, spec.axes) for name, values in arrays.items()} | {"rows": indices}
 
     def _channels(self, noise: Floats) -> Channels:
         spec, rms = self.spec, np.sqrt(self._total.squares / self.rows)
         share = noise / noise.sum() if noise.any() else np.zeros(spec.n)
-        magnitude = np.maximum(np.abs(self._input.low), np.abs(self._input.high))
+        magnitude = np.maximum(np.abs(self._input.low), np.abs(self._input.high)).reshape(-1, spec.n).max(axis=0)
         relative = magnitude / (float(np.median(magnitude)) or float(magnitude.max()) or 1.0)
         odd = (relative > OUTLIER_MAGNITUDE) | (share > OUTLIER_NOISE * np.median(share))
         ranked = [channel for channel in np.argsort(-share, kind="stable").tolist() if odd[channel]]
@@ -204,7 +235,7 @@ class NormAnalyzer:
                 Outlier(
                     channel=c, noise_share=float(share[c]), rms_lsb=float(rms[c]), magnitude=float(relative[c]),
                     input_exponent=inputs[c], output_exponent=outputs[c],
-                    input_clipped=float(self._clipped_in.by_channel[c] / self.rows),
+                    input_clipped=float(self._clipped_in[0].by_channel[c] / self.rows),
                     output_clipped=float(self._clipped_out.by_channel[c] / self.rows),
                 )
                 for c in ranked[:OUTLIERS]
@@ -215,6 +246,7 @@ class NormAnalyzer:
 def analyze(
     spec: LayerNormSpec,
     samples: npt.ArrayLike | Iterable[npt.ArrayLike],
+    residuals: npt.ArrayLike | Iterable[npt.ArrayLike] | None = None,
     *,
     name: str = "norm",
 ) -> NormAnalysis:
@@ -223,8 +255,10 @@ def analyze(
     Parameters
     ----------
     spec : LayerNormSpec
-    samples : array_like of shape (..., *normalized_shape), or iterable of such arrays
+    samples : array_like with the spec's normalized dimensions, or iterable of such arrays
         Real inputs of the norm. An iterable is gone through once, an array at a time.
+    residuals : array_like or iterable of arrays, optional
+        The second operand of a spec that adds one, array by array as the samples.
     name : str
         How the report names the norm.
 
@@ -233,7 +267,7 @@ def analyze(
     DataError
         If there is no sample, or one holds values that are NaN, infinite or beyond float32's range.
     InputError
-        If a sample has another trailing shape than the spec.
+        If a sample has another normalized shape than the spec, or residuals are missing or superfluous.
 
     Examples
     --------
@@ -244,7 +278,17 @@ def analyze(
     True
     """
     analyzer = NormAnalyzer(spec, name)
-    each_sample(samples, analyzer.update)
+    arrays = cast(
+        "Iterable[npt.ArrayLike]", () if residuals is None else [residuals] if is_array(residuals) else residuals
+    )
+    added = None if residuals is None else iter(arrays)
+
+    def update(array: npt.ArrayLike) -> None:
+        analyzer.update(array, None if added is None else next(added, None))
+
+    each_sample(samples, update)
+    if added is not None and next(added, None) is not None:
+        raise InputError("there are more residuals than samples")
     return analyzer.result()
 
 
@@ -310,12 +354,12 @@ def _positions(positions: Floats, params: QuantParams) -> Histogram:
     return Histogram(low=low, high=high, counts=tuple(counts.tolist()), clips=clips)
 
 
-def _layer(spec: LayerNormSpec) -> LayerNorm | RMSNorm:
+def _layer(spec: LayerNormSpec, axes: tuple[int, ...]) -> LayerNorm | RMSNorm:
     shape = spec.normalized_shape
     if spec.kind is NormKind.RMSNORM:
-        rms = RMSNorm(shape, spec.eps)
+        rms = RMSNorm(shape, spec.eps, eps_outside=spec.eps_outside, axes=axes)
         rms.weight = np.array(spec.gamma).reshape(shape)
         return rms
-    layer = LayerNorm(shape, spec.eps)
+    layer = LayerNorm(shape, spec.eps, eps_outside=spec.eps_outside, axes=axes)
     layer.weight, layer.bias = np.array(spec.gamma).reshape(shape), np.array(spec.beta).reshape(shape)
     return layer

@@ -32,7 +32,7 @@ COLOURS = {
     "bound": "#56B4E9",
 }
 _KINDS = {
-    Stage.INPUT: "input", Stage.INPUT_SATURATION: "clipping", Stage.EPS: "rows", Stage.ROOT: "rows",
+    Stage.INPUT: "input", Stage.INPUT_SATURATION: "clipping", Stage.SUM: "input", Stage.EPS: "rows", Stage.ROOT: "rows",
     Stage.MEAN: "rows", Stage.T: "elements", Stage.GAMMA: "elements", Stage.BETA: "elements",
     Stage.OUTPUT: "output", Stage.OUTPUT_SATURATION: "clipping",
 }  # fmt: skip
@@ -86,13 +86,16 @@ def codes(norm: NormAnalysis) -> str:
     """Return histograms of the input and the output on the scale of their codes, with clip lines."""
     with _style(f"codes {norm.name}"):
         figure = Figure(figsize=(4.6, 2.6))
-        left, right = figure.subplots(1, 2, gridspec_kw=_PAIR)
-        for axes, histogram, name in ((left, norm.input_histogram, "input"), (right, norm.output_histogram, "output")):
-            _bars(axes, histogram, COLOURS[name])
+        histograms = {"input": norm.input_histogram, "output": norm.output_histogram}
+        if norm.residual_histogram is not None:
+            histograms = {"input": norm.input_histogram, "residual": norm.residual_histogram, **histograms}
+        drawn = figure.subplots(1, len(histograms), gridspec_kw=_PAIR)
+        for axes, (name, histogram) in zip(drawn, histograms.items(), strict=True):
+            _bars(axes, histogram, COLOURS["input" if name == "residual" else name])
             for clip in histogram.clips:
                 axes.axvline(clip, color=COLOURS["clipping"], linewidth=1.2)
             axes.set_xlabel(f"{name} code, LSB\n(lines: clipped beyond)")
-        left.set_ylabel("values")
+        drawn[0].set_ylabel("values")
         return _svg(figure, f"Inputs and outputs of {norm.name}")
 
 

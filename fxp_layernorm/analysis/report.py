@@ -13,9 +13,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from .. import files
-from .stages import Attribution
+from .attribution import Attribution
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,8 @@ class _Report:
         """Write one HTML file that needs no network, and the worst rows beside it, with the suffix .npz.
 
         The .npz holds for each norm, by its place in the report from 0, ``norm0_codes`` (input codes),
-        ``norm0_float`` (the real rows) and ``norm0_rows`` (their indices).
+        ``norm0_float`` (the real rows) and ``norm0_rows`` (their indices), and the first two of a residual too, as
+        ``norm0_residual_codes`` and ``norm0_residual_float``.
 
         Raises
         ------
@@ -242,8 +243,9 @@ class NormAnalysis(_Report):
         ``sum(y*y_int) / sqrt(sum(y**2) * sum(y_int**2))`` over the same values as one vector; None where one is 0.
     attribution : Attribution
     channels : Channels
-    input_saturation, output_saturation : Saturation
-    input_histogram, output_histogram : Histogram
+    input_saturation, residual_saturation, sum_saturation, output_saturation : Saturation
+        None where the spec has no residual, or no sum as an output.
+    input_histogram, residual_histogram, output_histogram : Histogram
         Of the real values on the scale of their codes, before rounding and clipping.
     worst : tuple of WorstRow
         By the row's root mean square error, the worst first.
@@ -269,8 +271,11 @@ class NormAnalysis(_Report):
     attribution: Attribution
     channels: Channels
     input_saturation: Saturation
+    residual_saturation: Saturation | None
+    sum_saturation: Saturation | None
     output_saturation: Saturation
     input_histogram: Histogram
+    residual_histogram: Histogram | None
     output_histogram: Histogram
     worst: tuple[WorstRow, ...]
     suggestions: tuple[Suggestion, ...]

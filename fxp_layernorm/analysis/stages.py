@@ -5,12 +5,7 @@ numbers that are not rounded. With no stage exact it returns the codes of `refer
 to that); with all of them exact, the float layer in output LSB, neither rounded nor clamped. A stage that follows an
 exact one rounds the real number it gets just as it would round an integer.
 
-`Attribution` uses this definition. With e the error of the integers against the float layer and e_k the error where
-stage k is exact, the term of stage k is mean(e**2) - mean(e_k**2): what the error's power falls by when that stage
-alone is made exact. What the terms leave of the total, mean(e**2) - sum of the terms, is the interaction: errors that
-compensate or amplify each other. Terms and interaction sum up to the total by definition; a term below 0 means that
-the stage's rounding happens to compensate for another's. Powers are in squared LSB of each channel's own output step,
-and once more in squared real units, whose total is the noise of the SQNR.
+Rows of a spec that adds a residual hold the rows of both operands, side by side.
 """
 
 from __future__ import annotations
@@ -24,8 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import proof
+from ..adder import code_multipliers
 from ..proof import NormKind
+from ..quantization import QuantParams
 from ..spec import LayerNormSpec
+
+#: Elements computed at once, to bound the memory.
+BLOCK_ELEMENTS = 1 << 16
 
 #: Integers as int64, or real numbers.
 Array = npt.NDArray[Any]
@@ -37,6 +37,7 @@ class Stage(StrEnum):
 
     INPUT = "input"
     INPUT_SATURATION = "input saturation"
+    SUM = "sum"
     EPS = "eps"
     ROOT = "root"
     MEAN = "mean"
@@ -51,11 +52,17 @@ class Stage(StrEnum):
         """What is exact where this stage is."""
         return _MEANINGS[self]
 
+    @classmethod
+    def of(cls, spec: LayerNormSpec) -> list[Stage]:
+        """Return the stages that a spec has."""
+        return [stage for stage in cls if stage is not cls.SUM or spec.adder is not None]
+
 
 _MEANINGS = {
     Stage.INPUT: "input values are not rounded to codes (they are still clipped)",
     Stage.INPUT_SATURATION: "input codes are not clipped (they are still rounded)",
-    Stage.EPS: "eps is the layer's, not E",
+    Stage.SUM: "inputs are brought to one scale and added as real numbers",
+    Stage.EPS: "eps is the layer's, not E (outside the root, not A)",
     Stage.ROOT: "the reciprocal root is real: r and R",
     Stage.MEAN: "the mean is real: c and D",
     Stage.T: "the normalized value is not cut to F bits: t",
@@ -96,19 +103,20 @@ def compute(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]], exact: Col
     Parameters
     ----------
     spec : LayerNormSpec
-    rows : ndarray of shape (rows, n)
+    rows : ndarray of shape (rows, n), or (rows, 2n) with a residual
         Finite real values.
     exact : collection of Stage
         The stages that don't round, or don't clip.
     """
     real = np.longdouble if spec.lane == 64 else np.float64  # float64 holds every product of the narrower lanes
     n = spec.n
-    u = _input(spec, rows, exact).astype(real) if Stage.INPUT in exact else _input(spec, rows, exact)
+    u = _input(spec, rows, exact)
+    u = u if _integers(u) else u.astype(real)
     S: Array
     V0: Array
     S, V0 = _moments(u, spec.kind is NormKind.LAYERNORM)
     V = _add_epsilon(spec, V0, Stage.EPS in exact)
-    R = np.where(V0 > 0, _reciprocal_root(spec, V, Stage.ROOT in exact), 0)
+    R = np.where(V0 > 0, _reciprocal_root(spec, V, exact), 0)
 
     if spec.kind is NormKind.RMSNORM:
         D = np.zeros_like(S)
@@ -139,11 +147,12 @@ def compute(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]], exact: Col
 
 def float_layer(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]]) -> Floats:
     """Return the float layer of real rows, in output LSB, neither rounded nor clamped."""
-    x = rows.astype(np.float64)
+    x: Floats = np.sum([operand.astype(np.float64) for operand in operands(spec, rows)], axis=0)
     if spec.kind is NormKind.LAYERNORM:
         x = x - x.mean(axis=1, keepdims=True)
-    power = np.square(x).mean(axis=1, keepdims=True) + spec.eps
-    normalized = x / np.sqrt(np.where(power > 0, power, 1.0))
+    power = np.square(x).mean(axis=1, keepdims=True)
+    root = np.sqrt(power) + spec.eps if spec.eps_outside else np.sqrt(power + spec.eps)
+    normalized = x / np.where(root > 0, root, 1.0)
     result: Floats = (normalized * np.array(spec.gamma) + np.array(spec.beta)) / output_steps(spec)
     return result + spec.output.zero_point
 
@@ -153,11 +162,15 @@ def output_steps(spec: LayerNormSpec) -> Floats:
     return spec.output.channel_steps(spec.n)
 
 
-def input_positions(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]]) -> Floats:
-    """Return where real inputs lie on the scale of their codes: neither rounded nor clipped, in input LSB."""
-    steps = spec.input.channel_steps(spec.n)
-    positions: Floats = rows.astype(np.float64) / steps + spec.input.zero_point
-    return positions
+def operands(spec: LayerNormSpec, rows: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    """Return the rows of each operand, the input's first: views."""
+    return np.split(rows, len(spec.operands), axis=1)
+
+
+def positions(params: QuantParams, rows: npt.NDArray[np.floating[Any]]) -> Floats:
+    """Return where real values lie on the scale of their codes: neither rounded nor clipped, in LSB."""
+    places: Floats = rows.astype(np.float64) / params.channel_steps(rows.shape[1]) + params.zero_point
+    return places
 
 
 def _integers(*arrays: Array) -> bool:
@@ -173,23 +186,36 @@ def _shift(values: Array, bits: int) -> Array:
 
 
 def _input(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]], exact: Collection[Stage]) -> Array:
-    params = spec.input
-    exponents = np.array(params.channel_exponents(spec.n), dtype=np.int64)
+    """Return u, equation (0)."""
+    n, adder = spec.n, spec.adder
+    codes = [_codes(params, values, exact) for params, values in zip(spec.operands, operands(spec, rows), strict=True)]
+    if Stage.SUM in exact:
+        steps = [params.channel_steps(n).astype(np.longdouble) / spec.scale for params in spec.operands]
+        real: Array = np.sum([values * step for values, step in zip(codes, steps, strict=True)], axis=0)
+        return real
+    multipliers = code_multipliers(n, spec.operands, adder)
+    # codes keep their products within 62 bits, values that are not clipped need not
+    products = [values.astype(np.float64) * M for values, M in zip(codes, multipliers, strict=True)]
+    if not all(np.abs(product).max(initial=0.0) < 2.0**61 for product in products) or not _integers(*codes):
+        codes = [values.astype(np.longdouble) for values in codes]
+    total: Array = np.sum([values * M for values, M in zip(codes, multipliers, strict=True)], axis=0)
+    return total if adder is None or not adder.shift else _shift(total, adder.shift)
+
+
+def _codes(params: QuantParams, rows: npt.NDArray[np.floating[Any]], exact: Collection[Stage]) -> Array:
+    """Return the codes of an operand without their zero point."""
     codes: Array = params.quantize(rows).astype(np.int64)
-    u: Array
     if Stage.INPUT in exact or Stage.INPUT_SATURATION in exact:
-        positions = input_positions(spec, rows)
+        places = positions(params, rows)
         free = Stage.INPUT_SATURATION in exact
-        outside = (positions < params.lo - 0.5) | (positions > params.hi + 0.5)
         if Stage.INPUT in exact:
             low, high = (-np.inf, np.inf) if free else (float(params.lo), float(params.hi))
-            return (np.clip(positions, low, high) - params.zero_point) * np.exp2(exponents.astype(np.float64))
-        if np.abs(positions).max() >= 2.0**46:  # beyond what exponents may be applied to as integers
-            u = (np.where(outside, np.rint(positions), codes) - params.zero_point) * np.exp2(exponents.astype(float))
-            return u
-        codes = np.where(outside, np.rint(positions).astype(np.int64), codes)
-    u = np.left_shift(codes - params.zero_point, exponents)
-    return u
+            return np.clip(places, low, high) - params.zero_point
+        outside = (places < params.lo - 0.5) | (places > params.hi + 0.5)
+        if np.abs(places).max(initial=0.0) >= 2.0**61:  # no integers any more
+            return np.where(outside, np.rint(places), codes) - params.zero_point
+        codes = np.where(outside, np.rint(places).astype(np.int64), codes)
+    return codes - params.zero_point
 
 
 def _moments(u: Array, centred: bool) -> tuple[Array, Array]:
@@ -206,7 +232,7 @@ def _moments(u: Array, centred: bool) -> tuple[Array, Array]:
 
 def _add_epsilon(spec: LayerNormSpec, V0: Array, exact: bool) -> Array:
     """Return V, with 2h fraction bits."""
-    if exact:
+    if exact and not spec.eps_outside:
         e = np.longdouble(spec.n) ** 2 * np.longdouble(spec.eps) / np.longdouble(spec.scale) ** 2
         V: Array = np.ldexp(V0.astype(np.longdouble) + e, 2 * spec.h)
         return V
@@ -216,13 +242,15 @@ def _add_epsilon(spec: LayerNormSpec, V0: Array, exact: bool) -> Array:
     return np.ldexp(V0.astype(np.longdouble), 2 * spec.h) + spec.E
 
 
-def _reciprocal_root(spec: LayerNormSpec, V: Array, exact: bool) -> Array:
-    """Return n * 2**(K+h) / sqrt(V), by equation (4) or exactly."""
+def _reciprocal_root(spec: LayerNormSpec, V: Array, exact: Collection[Stage]) -> Array:
+    """Return n * 2**(K+h) / sqrt(V), with eps outside the root added to it: by equation (4), or exactly."""
     n, m, x = spec.n, spec.m, spec.K + spec.h
     positive = np.where(V > 0, V, 1)
+    real_eps = np.longdouble(n) * np.longdouble(spec.eps) / np.longdouble(spec.scale) if spec.eps_outside else 0
     quotient: Array
-    if exact:
-        quotient = np.ldexp(np.longdouble(n), x) / np.sqrt(positive.astype(np.longdouble))
+    if Stage.ROOT in exact:
+        eps = real_eps if Stage.EPS in exact else np.ldexp(np.longdouble(spec.A), -spec.l)
+        quotient = np.ldexp(np.longdouble(n), x) / (np.sqrt(positive.astype(np.longdouble)) + eps)
         return quotient
     b = np.frexp(positive.astype(np.float64))[1].astype(np.int64)
     if _integers(V):
@@ -235,13 +263,27 @@ def _reciprocal_root(spec: LayerNormSpec, V: Array, exact: bool) -> Array:
     r = np.sqrt(w.astype(np.float64)).astype(np.int64)
     r -= r * r > w
     r += (r + 1) * (r + 1) <= w
-    y = np.maximum(x + j - proof.reciprocal_bits(n), 0) if spec.lane == 64 else np.zeros_like(j)
+    if spec.eps_outside and Stage.EPS in exact:
+        root: Array = np.ldexp(r.astype(np.longdouble), -j) + real_eps
+        y = _cut(spec, x + m - np.frexp(root)[1])
+        quotient = np.ldexp(np.floor(np.ldexp(np.longdouble(n), x - y) / root + 0.5), y)
+        return quotient
+    if spec.A:
+        k = np.minimum(j, spec.l)
+        r = (r >> np.minimum(j - k, 63)) + (spec.A >> np.minimum(spec.l - k, 63))
+        r, j = np.where(r >> m, r >> 1, r), k - (r >> m)
+    y = _cut(spec, x + j)
     if _integers(V):
         quotient = ((np.int64(n) << (x + j - y)) + (r >> 1)) // r << y
         return quotient
     dividend = np.ldexp(np.longdouble(n), x + j - y) + (r >> 1)
     quotient = np.ldexp(np.floor(dividend / r), y)
     return quotient
+
+
+def _cut(spec: LayerNormSpec, x: Array) -> Array:
+    """Return by how many bits a shift of n is cut before the division, and the quotient shifted after it."""
+    return np.maximum(x - proof.reciprocal_bits(spec.n), 0) if spec.lane == 64 else np.zeros_like(x)
 
 
 def _output_parameters(spec: LayerNormSpec, real: Any, exact: Collection[Stage]) -> tuple[Array, Array]:
@@ -252,96 +294,3 @@ def _output_parameters(spec: LayerNormSpec, real: Any, exact: Collection[Stage])
     if Stage.BETA in exact:
         offset = np.ldexp(proof.output_offset(spec.beta, spec.output).to_float().astype(real), spec.s2)
     return gain, offset
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageTerm:
-    """What one stage contributes.
-
-    Attributes
-    ----------
-    stage, meaning : str
-    power_lsb2 : float
-        What the error's mean square falls by with this stage exact, in LSB**2.
-    share : float
-        The same of the total, in real units: the share of the noise of the SQNR.
-    rms_change_lsb, max_change_lsb : float
-        By how much the output moves with this stage exact: root mean square and largest, in LSB.
-    """
-
-    stage: str
-    meaning: str
-    power_lsb2: float
-    share: float
-    rms_change_lsb: float
-    max_change_lsb: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attribution:
-    """The error's power by stage; see the module's docstring for the definition.
-
-    Attributes
-    ----------
-    rows : int
-        How many rows it was measured on.
-    terms : tuple of StageTerm
-        In the order of the computation.
-    total_lsb2 : float
-        The error's mean square against the float layer, in LSB**2.
-    interaction_lsb2, interaction_share : float
-        What the terms leave of the total, and of the noise.
-    """
-
-    rows: int
-    terms: tuple[StageTerm, ...]
-    total_lsb2: float
-    interaction_lsb2: float
-    interaction_share: float
-
-    def term(self, stage: Stage) -> StageTerm:
-        """Return the term of a stage."""
-        return next(term for term in self.terms if term.stage == stage)
-
-
-#: Elements computed at once, to bound the memory.
-BLOCK_ELEMENTS = 1 << 16
-
-
-def attribute(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]]) -> Attribution:
-    """Measure the error's power by stage on real rows of shape (rows, n)."""
-    weight = np.square(output_steps(spec))
-    stages = list(Stage)
-    # for each stage, last the total: power in LSB**2, power in real units; and the change of the output
-    power, noise = np.zeros(len(stages) + 1), np.zeros(len(stages) + 1)
-    change, largest = np.zeros(len(stages)), np.zeros(len(stages))
-    step = max(1, BLOCK_ELEMENTS // spec.n)
-    for start in range(0, len(rows), step):
-        block = rows[start : start + step]
-        expected = float_layer(spec, block)
-        y = compute(spec, block).y.astype(np.float64)
-        for index, stage in enumerate([*stages, None]):
-            with_exact = y if stage is None else compute(spec, block, {stage}).y.astype(np.float64)
-            squares = np.square(with_exact - expected)
-            power[index] += squares.sum()
-            noise[index] += (squares * weight).sum()
-            if stage is not None:
-                moved = np.abs(with_exact - y)
-                change[index] += np.square(moved).sum()
-                largest[index] = max(largest[index], moved.max())
-    count = rows.size
-    falls = (power[-1] - power[:-1]) / count
-    shares = (noise[-1] - noise[:-1]) / noise[-1] if noise[-1] else np.zeros(len(stages))
-    return Attribution(
-        rows=len(rows),
-        terms=tuple(
-            StageTerm(
-                stage=stage.value, meaning=stage.meaning, power_lsb2=float(falls[index]), share=float(shares[index]),
-                rms_change_lsb=float(np.sqrt(change[index] / count)), max_change_lsb=float(largest[index]),
-            )
-            for index, stage in enumerate(stages)
-        ),
-        total_lsb2=float(power[-1] / count),
-        interaction_lsb2=float(power[-1] / count - falls.sum()),
-        interaction_share=float(1 - shares.sum()) if noise[-1] else 0.0,
-    )  # fmt: skip
