@@ -64,6 +64,12 @@ def from_rows(rows: npt.NDArray[Any], shape: Shape, axes: Shape) -> npt.NDArray[
     return np.moveaxis(moved, range(-len(axes), 0), axes)
 
 
+def stacked(rows: npt.NDArray[Any], normalized_shape: Shape, axes: Shape) -> npt.NDArray[Any]:
+    """Return rows as an array that has them at these axes, of as few dimensions as it takes, a row an index of the first."""
+    sizes = dict(zip(axes, normalized_shape, strict=True))
+    return from_rows(rows, (len(rows), *(sizes.get(axis, 1) for axis in range(axes[0], 0))), axes)
+
+
 def long_rows(array: npt.NDArray[Any], dims: int) -> npt.NDArray[Any] | None:
     """Return a view of rows in C order that reach to the next row, of which the last `dims` dimensions are the start.
 

@@ -132,6 +132,22 @@ def test_degenerate_norm_has_a_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plotting")
+def test_a_norm_with_a_residual_has_a_page(tmp_path: Path) -> None:
+    q8, rows = fxp.QuantParams("int8", 0.03), np.random.default_rng(0).standard_normal((20, 16))
+    spec = fxp.plan(fxp.LayerNorm(16, eps_outside=True), q8, q8, residual=q8, sum_output=q8)
+    page = written(fxp.analyze(spec, rows, rows[::-1]), tmp_path / "r.html")
+    for name in ("residual", "sum", "outside the root", "weighted inputs"):
+        assert any(name in text for text in page.text), name
+    with np.load(tmp_path / "r.npz") as archive:
+        command = next(text for text in page.text if text.startswith("rows = "))
+        found: dict[str, Any] = {"np": np, "fxp": fxp, "spec": spec}
+        exec(command.replace("r.npz", str(tmp_path / "r.npz")).replace("; ", "\ny = "), found)
+        assert np.array_equal(
+            found["y"], fxp.reference.run(spec, archive["norm0_codes"], archive["norm0_residual_codes"])
+        )
+
+
+@pytest.mark.usefixtures("plotting")
 def test_notebook(norm_analysis: NormAnalysis) -> None:
     shown = norm_analysis._repr_html_()
     assert shown is not None

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from ..axes import from_rows
+from ..axes import stacked
 from ..calibration.layers import each_sample, is_array
 from ..calibration.observers import MinMaxObserver, RowSample, row_ids
 from ..errors import DataError, InputError
@@ -213,12 +213,11 @@ class NormAnalyzer:
 
     def _worst_rows(self, rows: Rows, worst: list[tuple[float, int, WorstRow, Rows]]) -> Arrays:
         spec = self.spec
-        sizes = dict(zip(spec.axes, spec.normalized_shape, strict=True))
-        shape = (len(rows), *(sizes.get(axis, 1) for axis in range(spec.axes[0], 0)))
         arrays = dict(zip(("codes", "residual_codes"), self._codes(rows), strict=False))
         arrays |= dict(zip(("float", "residual_float"), stages.operands(spec, rows), strict=False))
         indices = np.array([entry.row for *_, entry, _ in worst], dtype=np.int64)
-        return {name: from_rows(values, shape, spec.axes) for name, values in arrays.items()} | {"rows": indices}
+        placed = {name: stacked(values, spec.normalized_shape, spec.axes) for name, values in arrays.items()}
+        return placed | {"rows": indices}
 
     def _channels(self, noise: Floats) -> Channels:
         spec, rms = self.spec, np.sqrt(self._total.squares / self.rows)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import files
+from ..axes import stacked
 from ..calibration import CalibrationOptions, Method, ModelCalibration, NormCalibration, NormObserver
 from ..calibration.layers import each_sample
 from ..errors import DataError, FxpError, InputError, ModelError
@@ -318,7 +319,7 @@ def _of_layer(layer: LayerNorm | RMSNorm, samples: Any) -> tuple[_Evaluate, str,
     calibration = NormCalibration(layer, observer)
     if not observer.rows:
         raise DataError("there is no row to sweep with")
-    rows = observer.sample.rows().astype(np.float64).reshape(-1, *layer.normalized_shape)
+    rows = stacked(observer.sample.rows().astype(np.float64), layer.normalized_shape, layer.axes)
     expected = layer(rows)
 
     def evaluate(options: CalibrationOptions) -> tuple[list[tuple[LayerNormSpec, int]], OutputCheck]:
