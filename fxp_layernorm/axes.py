@@ -65,7 +65,7 @@ def from_rows(rows: npt.NDArray[Any], shape: Shape, axes: Shape) -> npt.NDArray[
 
 
 def stacked(rows: npt.NDArray[Any], normalized_shape: Shape, axes: Shape) -> npt.NDArray[Any]:
-    """Return rows as an array that has them at these axes, of as few dimensions as it takes, a row an index of the first."""
+    """Return rows as an array of as few dimensions as its axes take, a row for each index of the first."""
     sizes = dict(zip(axes, normalized_shape, strict=True))
     return from_rows(rows, (len(rows), *(sizes.get(axis, 1) for axis in range(axes[0], 0))), axes)
 
