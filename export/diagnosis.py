@@ -79,8 +79,8 @@ class StageDifference:
         if not self.stage:
             return self.hint
         found = f"{self.stage}, {STAGES[self.stage]}: {self.differ:,} of {self.values:,} values differ, "
-        got = "not finite" if self.got is None else f"{self.got:.15g}"
-        return f"{found}the first is {got} and should be {self.expected:.15g}. {self.hint}".rstrip()
+        got, expected = ("not finite" if value is None else f"{value:,}" for value in (self.got, self.expected))
+        return f"{found}the first is {got} and should be {expected}. {self.hint}".rstrip()
 
 
 #: What is found where nothing differs any more.
@@ -164,7 +164,10 @@ def _difference(stage: str, expected: Array, got: Array, word: str) -> StageDiff
 
 
 def _finite(value: Any) -> float | None:
-    return value.item() if np.isfinite(value) else None
+    if not np.isfinite(value):
+        return None
+    number: float = value.item()
+    return int(number) if number == int(number) else number
 
 
 def _carriers() -> list[tuple[Callable[[Array], Array], str]]:

@@ -304,9 +304,11 @@ class Verifier:
         wrong = np.flatnonzero(np.any(_rows(_expected(kernel, place, values)[0], spec) != got, axis=1))[:MOST_ROWS]
         if not wrong.size:
             return OTHERWISE_RIGHT
-        held = {
-            letter: np.reshape(values[name], (len(got), -1))[wrong] for letter, name in stages.items() if name in values
-        }
+        held = {}
+        for letter, name in stages.items():
+            stage = np.asarray(values.get(name, ()))
+            if stage.size and stage.size % len(got) == 0:  # else it is a constant of the function
+                held[letter] = stage.reshape(len(got), -1)[wrong]
         operands = [_rows(values[name], spec)[wrong] for name in (place.codes_in, place.residual) if name is not None]
         return first_difference(spec, place.word, operands, got[wrong], held) if held else None
 

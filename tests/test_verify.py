@@ -92,6 +92,23 @@ def test_the_first_stage_that_differs_is_named(
     assert 0 < second.stage.differ <= second.stage.values
 
 
+@pytest.mark.parametrize(
+    ("word", "form", "stage"),
+    [
+        ("int24", "inline", "S"), ("int24", "function", "r"), ("int24", "function", "t"), ("float24", "inline", "R"),
+        ("float24", "function", "D"),
+    ],
+)  # fmt: skip
+def test_stages_of_the_narrow_words_are_named_too(model: onnx.ModelProto, word: str, form: str, stage: str) -> None:
+    params = calibrate_model(model, Feeds(feeds()), exponents=0, hardware="carried24")
+    exported = export.quantize_model(model, params, form=form, word=word)
+    sabotage(exported, stage, doubled)
+    check = export.verify(model, exported, params, Feeds(feeds())).norms[1]
+    assert check.stage is not None
+    assert check.stage.stage == stage
+    assert "--word" not in check.stage.hint
+
+
 def test_the_last_stage_is_named_where_a_gain_differs(model: onnx.ModelProto, params: ModelParams) -> None:
     exported = export.quantize_model(model, params)
     gain = next(tensor for tensor in exported.graph.initializer if tensor.name == "norm1/G")

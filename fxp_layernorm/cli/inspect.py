@@ -46,7 +46,7 @@ def inspect(model: Path, as_json: bool) -> None:
             norm.n,
             f"{norm.epsilon:g}",
             norm.input,
-            norm.blocker or ("yes, between quantizers" if borders[norm.name] else "yes"),
+            norm.blocker or ("yes" + _between(borders[norm.name])),
         )
         for norm in norms
     ]
@@ -60,10 +60,20 @@ def _codes(border: Border | None) -> dict[str, object] | None:
     """Return the quantization parameters that the model has for a norm, as JSON has them."""
     if border is None:
         return None
+    sides = {
+        "input": border.input, "output": border.output, "residual": border.residual, "sum_output": border.sum_output,
+    }  # fmt: skip
     return {
         role: {
-            "dtype": params.dtype.value, "scale": params.scale, "zero_point": params.zero_point,
-            "exponents": params.exponents,
+            "dtype": params.dtype.value, "scale": params.channel_scales or params.scale,
+            "zero_point": params.zero_point, "exponents": params.exponents,
         }
-        for role, params in (("input", border.input), ("output", border.output))
+        for role, params in sides.items()
+        if params is not None
     }  # fmt: skip
+
+
+def _between(border: Border | None) -> str:
+    if border is None:
+        return ""
+    return ", between quantizers" if border.add is None else ", between quantizers, with the residual add"
