@@ -6,6 +6,7 @@ keeps its precision: it is an integer of about 16 bits and sign on a scale of it
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from .errors import InputError, PlanError
 from .files import STRICT
+from .proof import UP, Rationals
 from .quantization import QuantParams
 
 Integers = npt.NDArray[np.int64]
@@ -77,18 +79,31 @@ class Adder:
         if largest >= 1 << bits:
             raise PlanError(f"the sum of the inputs is up to 2^{math.log2(largest):.1f}, beyond {bits} bits and sign")
 
+    def check_sum(self, params: QuantParams | None, largest: int) -> None:
+        """Raise an error if the sum's codes, shifted from u of this largest magnitude, are not those of `params`."""
+        if (self.sum_shift is not None) != (params is not None):
+            raise InputError("sum_output and the adder's sum_shift go together")
+        if self.sum_shift is None or params is None:
+            return
+        scale = Fraction(self.scale) * Fraction(2) ** self.sum_shift
+        if params.channel_scales is not None or scale != Fraction(params.scale):
+            raise InputError(
+                f"sum_output has the scale {params.scale!r}; the adder's is {self.scale!r} * 2^{self.sum_shift}"
+            )
+        if largest << max(-self.sum_shift, 0) >= 1 << WIDE_BITS:
+            raise PlanError(f"the sum is beyond {WIDE_BITS} bits before it is clamped; use a larger sum_output scale")
+
     def error(self, n: int, operands: Sequence[QuantParams]) -> float:
         """Return how far u may be from the real sum in any channel, in units of u: its rounding, and that of M."""
-        scale = Fraction(self.scale)
-        worst = dict.fromkeys(range(n), 0.0)
-        for params, M in zip(operands, code_multipliers(n, operands, self), strict=True):
-            reach, known = _reach(params), dict[tuple[int, float], float]()
-            for channel, (factor, step) in enumerate(zip(M.tolist(), params.channel_steps(n).tolist(), strict=True)):
-                if (factor, step) not in known:
-                    off = abs(Fraction(factor, 1 << self.shift) - Fraction(step) / scale)
-                    known[factor, step] = float(reach * off)
-                worst[channel] += known[factor, step]
-        return ((0.5 if self.shift else 0.0) + max(worst.values())) * (1.0 + 2.0**-40)
+        worths = [_worths(n, params, self.scale) for params in operands]
+        return self._error(operands, worths)
+
+    def _error(self, operands: Sequence[QuantParams], worths: Sequence[Rationals]) -> float:
+        parts = [
+            _reach(params) * worth.distance(M, self.shift)  # one value, or one a channel
+            for params, worth, M in zip(operands, worths, self.multipliers, strict=True)
+        ]
+        return ((0.5 if self.shift else 0.0) + float(np.max(functools.reduce(np.add, parts)))) * UP
 
 
 def code_ends(n: int, operands: Sequence[QuantParams], adder: Adder | None) -> tuple[Integers, Integers]:
@@ -142,9 +157,10 @@ def plan_adder(n: int, operands: Sequence[QuantParams], sum_output: QuantParams 
         scale = float(np.ldexp(base, -octaves))
     if not (math.isfinite(scale) and scale >= 2.0**-1000) or not abs(octaves) <= MAX_SUM_SHIFT:
         raise PlanError(f"the inputs' scales and {base:.4g} are too far apart for a common scale")
+    worths = [_worths(n, params, scale) for params in operands]
     best: Adder | None = None
     for shift in range(WIDE_BITS):
-        multipliers = [_multipliers(step, scale, shift) for step in steps]
+        multipliers = [_multipliers(worth, shift) for worth in worths]
         if min(map(min, multipliers)) < 1:
             continue
         adder = Adder(
@@ -155,18 +171,23 @@ def plan_adder(n: int, operands: Sequence[QuantParams], sum_output: QuantParams 
         except PlanError:
             break
         best = adder
-        if adder.error(n, operands) <= 0.5 + MULTIPLIER_ERROR:
+        if adder._error(operands, worths) <= 0.5 + MULTIPLIER_ERROR:
             break
     if best is None:
         raise PlanError("the inputs' scales are too far apart: the finest would count for nothing in the sum")
     return best
 
 
-def _multipliers(steps: npt.NDArray[np.float64], scale: float, shift: int) -> tuple[int, ...]:
-    """Return round(step / scale * 2**shift), one for the tensor where all are the same."""
-    one = Fraction(1 << shift) / Fraction(scale)
-    rounded = {step: math.floor(Fraction(step) * one + Fraction(1, 2)) for step in set(steps.tolist())}
-    return tuple(rounded[step] for step in (steps.tolist() if len(rounded) > 1 else steps[:1].tolist()))
+def _worths(n: int, params: QuantParams, scale: float) -> Rationals:
+    """Return what a code is worth in units of u: one value where all channels have the same, or one a channel."""
+    steps = params.channel_steps(n if params.channels is not None else 1).tolist()
+    return Rationals.over(steps, scale, (0,) * len(steps))
+
+
+def _multipliers(worths: Rationals, shift: int) -> tuple[int, ...]:
+    """Return the multipliers with `shift` fraction bits, one for the tensor where all are the same."""
+    rounded = worths.to_fixed(shift)
+    return rounded if len(set(rounded)) > 1 else rounded[:1]
 
 
 def _reach(params: QuantParams) -> int:

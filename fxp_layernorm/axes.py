@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def parse_axes(axes: int | Sequence[int] | None, normalized_shape: Shape) -> Sha
     """
     if axes is None:
         return tuple(range(-len(normalized_shape), 0))
-    given = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
+    given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
     valid = all(isinstance(axis, int | np.integer) and not isinstance(axis, bool) and axis < 0 for axis in given)
     if not valid or list(given) != sorted(set(given)) or len(given) != len(normalized_shape):
         raise InputError(

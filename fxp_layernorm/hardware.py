@@ -37,6 +37,8 @@ class Hardware:
     radicand: int = proof.V_BITS
 
     def __post_init__(self) -> None:
+        if not isinstance(self.multiplier, tuple) or len(self.multiplier) != 2:
+            raise InputError(f"the multiplier is {self.multiplier!r}; the bits of its two factors are expected")
         ranges = {
             "a factor": (self.multiplier, 4, 32), "the accumulator": ((self.accumulator,), 8, 64),
             "the offset": ((self.offset,), 0, 16), "the root": ((self.root,), 2, 31),
@@ -44,10 +46,13 @@ class Hardware:
         }  # fmt: skip
         for name, (values, low, high) in ranges.items():
             for value in values:
-                if value is not None and not (isinstance(value, int) and low <= value <= high):
+                optional = value is None and name in ("the accumulator", "the root")
+                if not optional and not (isinstance(value, int) and low <= value <= high):
                     raise InputError(f"{name} of {value!r} bits can't be planned for; {low} to {high} bits can")
-        if not self.lanes or not set(self.lanes) <= set(proof.ROOT_BITS):
-            raise InputError(f"the lanes are {self.lanes}; they can be {', '.join(map(str, proof.ROOT_BITS))}")
+        if not isinstance(self.lanes, tuple) or not self.lanes or not set(self.lanes) <= set(proof.ROOT_BITS):
+            raise InputError(
+                f"the lanes are {self.lanes!r}; a tuple of {', '.join(map(str, proof.ROOT_BITS))} is expected"
+            )
 
     @classmethod
     def parse(cls, value: Hardware | str | None) -> Hardware:

@@ -78,6 +78,8 @@ def plan(
     if lane is not None:
         if not isinstance(lane, int | np.integer) or lane not in proof.ROOT_BITS:
             raise InputError(f"the lane is {lane!r}; it must be one of {', '.join(map(str, proof.ROOT_BITS))}")
+        if lane not in limits.lanes:
+            raise PlanError(f"the hardware has no lane of {lane} bits; it has {', '.join(map(str, limits.lanes))}")
         return problem.plan(int(lane))
     limit = max_excess if max_excess is not None else MAX_EXCESS[8 if output.dtype.bits <= 8 else 16]
     planned: list[LayerNormSpec] = []
@@ -159,11 +161,12 @@ class _Problem:
         gain_float, offset_float = gain.to_float(), offset.to_float()
 
         best: tuple[float, int, int, int] | None = None
+        outside = A > 0
         for F in range(1, lane):
-            K = _norm_bits(codes, lane, m, F, layer.eps_outside)
+            K = _norm_bits(codes, lane, m, F, outside)
             if K is None:
                 continue
-            t_max = RowStage(codes, lane, m, K, layer.eps_outside).t_max(K - F)
+            t_max = RowStage(codes, lane, m, K, outside).t_max(K - F)
             s2 = _output_shift(t_max, F, gain_float, offset_float, output, hardware.multiplier, accumulator)
             if s2 < 1:
                 continue
@@ -222,14 +225,16 @@ def _outer_epsilon(e: Fraction, m: int) -> tuple[int, int]:
     while A.bit_length() > m:  # by one too large at first, or rounded up to a power of two
         l -= 1
         A = _round(e * (Fraction(2) ** l))
+    if l < -proof.V_BITS:  # no K leaves the reciprocal a bit
+        raise PlanError(f"n * eps is {proof.power_of_two(e)} in units of the input, far above any deviation it has")
     return A, l
 
 
-def _norm_bits(codes: CodeBounds, lane: int, m: int, F: int, eps_outside: bool) -> int | None:
+def _norm_bits(codes: CodeBounds, lane: int, m: int, F: int, outside: bool) -> int | None:
     """Return the largest K that the lane holds with F fraction bits in t, or None."""
     for K in range(lane - 2, F, -1):
         try:
-            RowStage(codes, lane, m, K, eps_outside).check(K - F)
+            RowStage(codes, lane, m, K, outside).check(K - F)
         except PlanError:
             continue
         return K

@@ -7,7 +7,7 @@ The figures are float64, rounded up by `UP`, which is far more than the rounding
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
@@ -32,7 +32,7 @@ ROOT_BITS = {24: 18, 32: 24, 64: 31}
 #: Bits, sign included, of the second product and its sum for each lane (equations 8 and 9), likewise.
 ACCUMULATOR_BITS = {24: 32, 32: 32, 64: 63}
 #: The relative error of a root with eps outside it, in units of that of the plain root (equation 4).
-OUTSIDE_ERROR = 2.5
+OUTSIDE_ERROR = 2.0
 
 
 class NormKind(StrEnum):
@@ -193,7 +193,12 @@ class Rationals:
                 Fraction(value) / Fraction(scale) for value, scale in zip(values, params.channel_scales, strict=True)
             ]
             return cls(_objects(ratio.numerator for ratio in exact), _objects(ratio.denominator for ratio in exact))
-        scale, exponents = Fraction(params.scale), params.channel_exponents(len(values))
+        return cls.over(values, params.scale, params.channel_exponents(len(values)))
+
+    @classmethod
+    def over(cls, values: Sequence[float], step: float, exponents: Sequence[int]) -> Rationals:
+        """Return ``values[c] / (step * 2**exponents[c])``."""
+        scale = Fraction(step)
         ratios = [value.as_integer_ratio() for value in values]
         highest, common = max(exponents), max(bottom for _, bottom in ratios)
         numerators = _objects(
@@ -306,11 +311,17 @@ def check_widths(spec: LayerNormSpec) -> None:
         raise PlanError(
             f"V is up to {power_of_two(widest_v)}, beyond {V_BITS} bits; use fewer input bits or a larger scale"
         )
+    if row.codes.largest >= 1 << 31:
+        raise PlanError(f"u is up to {power_of_two(row.codes.largest)}, beyond 31 bits and sign; use smaller exponents")
     j_min = spec.m - ((v_max.bit_length() + 1) >> 1)
     if spec.A:
         j_min = min(j_min, spec.l) - 1
     if spec.K + spec.h + j_min < 0:
-        raise PlanError(f"the reciprocal has no bits left with K = {spec.K} and V up to {power_of_two(v_max)}")
+        root = power_of_two(spec.A * Fraction(2) ** -spec.l) if spec.A else "0"
+        raise PlanError(
+            f"the reciprocal has no bits left with K = {spec.K}, V up to {power_of_two(v_max)} and n * eps of {root} "
+            f"outside the root"
+        )
     row.check(spec.s1)
     t_max, half = row.t_max(spec.s1), 1 << (spec.s2 - 1)
     widest = max(t_max * abs(G) + abs(B) for G, B in zip(spec.G, spec.B, strict=True)) + half
@@ -334,8 +345,10 @@ def sum_excess(spec: LayerNormSpec, deviation: float) -> float:
     spec : LayerNormSpec
     deviation : float
         What the row of u is divided by, in units of u: sqrt(var + eps / scale**2), sqrt(var) + eps / scale if eps is
-        outside the root; of the mean square instead of the variance in RMSNorm.
+        outside the root; of the mean square instead of the variance in RMSNorm. The error has no limit where it is 0.
     """
+    if not deviation > 0:
+        return math.inf
     gain = np.abs(output_gain(spec.gamma, spec.output).to_float())
     shift = 2.0 if spec.kind is NormKind.LAYERNORM else 1.0
     return float(gain.max()) * spec.input_error * (shift + spec.row_stage.codes.x_max) / deviation * UP

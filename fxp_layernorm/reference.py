@@ -94,7 +94,7 @@ def sum_codes(spec: LayerNormSpec, u: list[int]) -> list[int]:
     codes = []
     for value, exponent in zip(u, params.channel_exponents(spec.n), strict=True):
         shift = spec.adder.sum_shift + exponent
-        rounded = (value + ((1 << shift) >> 1)) >> shift if shift >= 0 else value << -shift
+        rounded = (value + ((1 << shift) >> 1)) >> shift if shift >= 0 else _fit(value << -shift, 63, "u << -shift")
         codes.append(min(max(rounded + params.zero_point, params.lo), params.hi))
     return codes
 

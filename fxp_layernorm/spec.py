@@ -114,7 +114,7 @@ class LayerNormSpec:
             raise InputError(f"the lane is {self.lane}; it must be one of {', '.join(map(str, proof.ROOT_BITS))}")
         ranges = {
             "m": (2, 31), "K": (2, 62), "h": (0, 31), "s1": (1, 62), "s2": (1, 62), "E": (0, (1 << 62) - 1),
-            "accumulator": (8, 63), "A": (0, (1 << 31) - 1), "l": (-62, 1200),
+            "accumulator": (8, 63), "A": (0, (1 << 31) - 1), "l": (-62, 2200),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
@@ -129,8 +129,12 @@ class LayerNormSpec:
             self.adder.check(n, self.operands, self.lane)
         elif is_needed(self.input, self.residual, self.sum_output):
             raise InputError("the inputs need an adder")
-        if (self.adder is not None and self.adder.sum_shift is not None) != (self.sum_output is not None):
-            raise InputError("sum_output and the adder's sum_shift go together")
+        if self.adder is not None:
+            self.adder.check_sum(self.sum_output, int(max(np.abs(end).max() for end in self.ends)))
+        if self.eps_outside:
+            e = self.n * Fraction(self.eps) / Fraction(self.scale)
+            if bool(e) != bool(self.A) or abs(self.A - e * Fraction(2) ** self.l) > Fraction(1, 2):
+                raise InputError(f"A is {self.A} with l = {self.l}; it must be n * eps in units of u, rounded")
         proof.check_widths(self)
 
     @property
@@ -162,7 +166,7 @@ class LayerNormSpec:
     def row_stage(self) -> proof.RowStage:
         """The widths of the row stage."""
         codes = proof.CodeBounds.of(self.kind, *self.ends)
-        return proof.RowStage(codes, self.lane, self.m, self.K, self.eps_outside)
+        return proof.RowStage(codes, self.lane, self.m, self.K, bool(self.A))
 
     @property
     def ends(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

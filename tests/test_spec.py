@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rows import KINDS, LANES, PAIRINGS, exponents_of, layer_of, params_of
+from specs import specs
 
 from fxp_layernorm import (
     DType,
@@ -63,6 +67,18 @@ def test_round_trip_is_exact(source: DType, target: DType, kind: NormKind, lane:
     assert [type(value) for value in loaded.G] == [int] * n
     loaded.save(str(second))
     assert second.read_bytes() == first.read_bytes()
+
+
+@settings(max_examples=30)
+@given(specs(st.integers(1, 30)))
+def test_every_field_makes_the_round_trip(spec: LayerNormSpec) -> None:
+    """Of random specs with all there is: sums, accumulators, scales a channel, eps outside, narrow ranges."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ln.json"
+        spec.save(path)
+        loaded = LayerNormSpec.load(path)
+    assert repr(loaded) == repr(spec)
+    assert loaded.excess == spec.excess
 
 
 def test_extreme_floats_make_the_round_trip(tmp_path: Path) -> None:
@@ -165,6 +181,56 @@ EDITS: dict[str, tuple[Callable[[Document], Any], str]] = {
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edited_file_is_refused(name: str, path: Path) -> None:
     change, words = EDITS[name]
+    edit(path, change)
+    with pytest.raises(SpecFileError, match=f"ln.json.*{words}"):
+        LayerNormSpec.load(path)
+
+
+#: The same for a spec with a second operand, a sum and an eps outside the root.
+FUSED_EDITS: dict[str, tuple[Callable[[Document], Any], str]] = {
+    "no adder": (lambda d: d.update(adder=None), "the inputs need an adder"),
+    "no residual": (lambda d: d.update(residual=None), "multipliers for each of 1 operands"),
+    "no sum": (lambda d: d.update(sum_output=None), "go together"),
+    "another scale of the sum": (lambda d: d["sum_output"].update(scale=0.07), "sum_output has the scale 0.07"),
+    "another scale of the adder": (lambda d: d["adder"].update(scale=0.07), "sum_output has the scale"),
+    "another shift": (lambda d: d["adder"].update(sum_shift=1), "sum_output has the scale"),
+    "a shift in text": (lambda d: d["adder"].update(shift="3"), r"adder\.shift: .*valid integer"),
+    "a number for a multiplier": (lambda d: d["adder"].update(multipliers=[3, 4]), r"adder\.multipliers\.0: .*array"),
+    "a multiplier that is a float": (lambda d: d["adder"].update(multipliers=[[1.5], [1]]), "valid integer"),
+    "a hostile multiplier": (lambda d: d["adder"].update(multipliers=[[10**300], [1]]), "beyond 31 bits and sign"),
+    "an unknown key of the adder": (lambda d: d["adder"].update(surprise=1), r"adder\.surprise"),
+    "another A": (lambda d: d.update(A=d["A"] + 1), "it must be n \\* eps in units of u, rounded"),
+    "no A": (lambda d: d.update(A=0), "A is 0 with l = .*; it must be n \\* eps"),
+    "a short A": (lambda d: d.update(A=d["A"] >> 1, l=d["l"] - 1), "A is .*; it must have m = "),
+    "another l": (lambda d: d.update(l=d["l"] + 1), "it must be n \\* eps in units of u, rounded"),
+    "an l without end": (lambda d: d.update(l=10**9), "l is 1000000000; it must be from"),
+    "another eps": (lambda d: d.update(eps=d["eps"] * 1.01), "it must be n \\* eps in units of u, rounded"),
+    "an eps that is 0": (lambda d: d.update(eps=0.0), "it must be n \\* eps in units of u, rounded"),
+    "eps inside": (lambda d: d.update(eps_outside=False), "where eps is outside the root, else be 0"),
+    "an E too": (lambda d: d.update(E=5), "eps is outside the root, where E and h must be 0"),
+    "axes in another order": (lambda d: d.update(axes=[-1, -2]), "the axes are"),
+    "axes from the front": (lambda d: d.update(axes=[0]), "the axes are"),
+    "no axes": (lambda d: d.update(axes=[]), "the axes are"),
+    "an accumulator too narrow": (lambda d: d.update(accumulator=20), "before their shift, beyond 20 bits"),
+    "an accumulator too wide": (lambda d: d.update(accumulator=64), "accumulator is 64; it must be from 8 to 63"),
+    "a number for a flag": (lambda d: d["output"].update(narrow_range=1), r"output\.narrow_range: .*valid boolean"),
+    "scales of other channels": (lambda d: d["residual"].update(channel_scales=[d["residual"]["scale"]]), "1 channels"),
+    "channel scales without their largest": (
+        lambda d: d["input"].update(channel_scales=[1e-3] * 6), "the scale must be the largest of them"
+    ),
+    "exponents and scales": (
+        lambda d: d["input"].update(exponents=[1] * 6, channel_scales=[d["input"]["scale"]] * 6), "go without exponents"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUSED_EDITS)
+def test_an_edited_file_of_a_sum_is_refused(name: str, path: Path) -> None:
+    change, words = FUSED_EDITS[name]
+    layer = LayerNorm(6, 1e-3, eps_outside=True)
+    plan(
+        layer, params_of("int8"), params_of("int8"), residual=params_of("int8", 3.0), sum_output=params_of("int8", 9.0)
+    ).save(path)
     edit(path, change)
     with pytest.raises(SpecFileError, match=f"ln.json.*{words}"):
         LayerNormSpec.load(path)
