@@ -13,14 +13,14 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ..proof import NormKind
-from .evaluation import Array, Evaluator
+from .evaluation import MEASURES, Array, Evaluator
 
 _REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}
 #: What a value of the same meaning passes through.
@@ -41,6 +41,8 @@ _MOST_ELEMENTS = 1 << 19
 _TOLERANCE = 1e-5
 #: Means, in deviations, and scales of the random tensors: one where eps decides, and one beyond any reasonable clip.
 _TRIALS = ((1.0, 0.7), (3.0, 1.0), (-1.0, 1e12))
+#: What may stand under a root, and whether it is divided by n - 1.
+_VARIANCES = ((NormKind.RMSNORM, False), (NormKind.LAYERNORM, False), (NormKind.LAYERNORM, True))
 #: The least scale in place of one where eps decides, where it is 0.
 _LEAST = 1e-15
 
@@ -57,8 +59,11 @@ class Decomposed:
     shape : tuple of int
         Their sizes; empty where they are not known.
     epsilon : float
+    eps_outside : bool
+        Whether it is added to the deviation instead of the variance.
     gamma, beta : ndarray
-        Gain and offset of each element of the normalized axes, flattened.
+        Gain and offset of each element of the normalized axes, flattened. They and epsilon go with the biased variance,
+        whichever one the model has.
     input, output : onnx_ir.Value
     nodes : tuple of onnx_ir.Node
         What computes the output from the input, and nothing else; the output's node is last.
@@ -70,6 +75,7 @@ class Decomposed:
     axes: tuple[int, ...]
     shape: tuple[int, ...]
     epsilon: float
+    eps_outside: bool
     gamma: Array
     beta: Array
     input: ir.Value
@@ -92,27 +98,57 @@ def find_decomposed(graph: ir.Graph, evaluator: Evaluator) -> list[Decomposed]:
 
 @dataclass(frozen=True)
 class _Statistic:
-    """What stands under a root."""
+    """What the deviations are divided by: a root, with eps under it or beside it.
+
+    Attributes
+    ----------
+    kind : NormKind
+    axes : tuple of int
+    unbiased : bool
+        Whether the sum of squares is divided by n - 1.
+    epsilon : float
+    outside : bool
+        Whether epsilon is added to the root.
+    """
 
     kind: NormKind
     axes: tuple[int, ...]
+    unbiased: bool
     epsilon: float
+    outside: bool = False
 
     def inner(self, x: Array) -> tuple[Array, Array]:
         """Return x, centred for LayerNorm, and its mean square; both keep their dimensions."""
         if self.kind is NormKind.LAYERNORM:
             x = x - x.mean(axis=self.axes, keepdims=True)
-        return x, np.square(x).mean(axis=self.axes, keepdims=True)
+        return x, np.square(x).mean(axis=self.axes, keepdims=True) * self.correction(self.count(x))
+
+    def count(self, x: Array) -> int:
+        """Return n, the number of elements that are normalized together."""
+        return math.prod(x.shape[axis] for axis in self.axes)
+
+    def correction(self, n: int) -> float:
+        """Return the ratio of the variance that is meant to the biased one."""
+        return n / (n - 1) if self.unbiased else 1.0
+
+    def divisor(self, square: Array) -> Array:
+        """Return what the deviations are divided by."""
+        return np.asarray(np.sqrt(square) + self.epsilon if self.outside else np.sqrt(square + self.epsilon))
+
+    @property
+    def unit(self) -> float:
+        """The deviation at which eps decides."""
+        return max(self.epsilon if self.outside else math.sqrt(self.epsilon), _LEAST)
 
     def normalize(self, x: Array) -> Array:
         """Return the normalized x as a matrix, the normalized axes last."""
         x, square = self.inner(x)
-        return self.rows(x / np.sqrt(square + self.epsilon))
+        return self.rows(x / self.divisor(square))
 
     def rows(self, x: Array) -> Array:
         """Return x as a matrix, the normalized axes last."""
         last = range(-len(self.axes), 0)
-        return np.moveaxis(x, self.axes, last).reshape(-1, math.prod(x.shape[axis] for axis in self.axes))
+        return np.moveaxis(x, self.axes, last).reshape(-1, self.count(x))
 
 
 class _Finder:
@@ -122,18 +158,18 @@ class _Finder:
         self._nodes = list(graph)
         self._order = {node: index for index, node in enumerate(self._nodes)}
         self._evaluator = evaluator
-        self._constants = evaluator.constants
+        self._constants, self._shapes = evaluator.constants, evaluator.shapes
 
     def roots(self) -> Iterator[ir.Value]:
         """Yield the arguments of the square roots."""
         for node in self._nodes:
             argument = node.inputs[0] if node.inputs else None
-            if not _known(node) or argument is None or argument in self._constants:
+            if not _known(node) or argument is None or self._evaluator.given(argument):
                 continue
             if node.op_type == "Sqrt":
                 yield argument
-            elif node.op_type == "Pow" and node.inputs[1] in self._constants:
-                exponent = self._evaluator.constant(node.inputs[1])
+            elif node.op_type == "Pow" and (power := node.inputs[1]) is not None and power in self._constants:
+                exponent = self._evaluator.constant(power)
                 if exponent.size == 1 and abs(exponent.item()) == 0.5:
                     yield argument
 
@@ -155,7 +191,7 @@ class _Finder:
 
     def _inputs(self, argument: ir.Value) -> Iterator[tuple[ir.Value, list[ir.Node]]]:
         """Yield each value that alone decides `argument`, the nearest first, with the nodes from it, in order."""
-        open_values, nodes = {argument}, list[ir.Node]()
+        open_values, nodes, given = {argument}, list[ir.Node](), self._evaluator.given
         while len(nodes) <= _MOST_NODES:
             if len(open_values) == 1 and nodes:
                 yield next(iter(open_values)), nodes[::-1]
@@ -164,19 +200,18 @@ class _Finder:
             if latest is None or latest not in self._order or not _known(latest):
                 return
             open_values.difference_update(latest.outputs)
-            open_values.update(value for value in latest.inputs if value is not None and value not in self._constants)
+            open_values.update(value for value in latest.inputs if value is not None and not given(value))
             nodes.append(latest)
 
     def _statistic(self, x: ir.Value, nodes: list[ir.Node], argument: ir.Value) -> _Statistic | None:
         """Return what `argument` is of x, where it is a variance or a mean square plus eps."""
         rng = np.random.default_rng(1)
-        sums = any(node.op_type != "ReduceMean" for node in nodes if node.op_type in _REDUCTIONS)
         for whole in (False, True):
             shape = self._sizes(x, nodes, (-1,), whole=whole)
             if shape is None:
                 return None
             value = rng.normal(loc=1.0, size=shape)
-            results = [self._evaluator.run(nodes, {x: tensor}).get(argument) for tensor in (np.zeros(shape), value)]
+            results = [self._evaluator.run(nodes, x, tensor).get(argument) for tensor in (np.zeros(shape), value)]
             at_zero, at_value = results
             if at_zero is None or at_value is None:
                 continue
@@ -185,21 +220,46 @@ class _Finder:
                 return None
             for count in range(1, len(shape) + 1):
                 for axes in sorted(itertools.combinations(range(-len(shape), 0), count), reverse=True):
-                    for kind in (NormKind.RMSNORM, NormKind.LAYERNORM):
-                        statistic = _Statistic(kind, axes, epsilon)
+                    for kind, unbiased in _VARIANCES:
+                        statistic = _Statistic(kind, axes, unbiased, epsilon)
+                        if unbiased and statistic.count(value) == 1:
+                            continue
                         square = statistic.inner(value)[1]
                         if _like(at_value, value.shape, square) and _close(at_value, square + epsilon, value.shape):
                             return statistic
-            if not sums:  # means don't depend on the true size, as a sum times 1/n does
-                return None
         return None
 
     def _region(self, x: ir.Value, statistic: _Statistic) -> Decomposed | None:
         """Return the norm from x to the last value that is one."""
         nodes = self._consumers(x)
-        fits = self._fits(x, statistic, nodes, whole=False) or self._fits(x, statistic, nodes, whole=True)
-        if not fits:
-            return None
+        for whole in (False, True):
+            for possible in (statistic, *self._with_eps_outside(x, statistic, nodes, whole=whole)):
+                fits = self._fits(x, possible, nodes, whole=whole)
+                if fits:
+                    return self._found(x, possible, fits)
+        return None
+
+    def _with_eps_outside(
+        self, x: ir.Value, statistic: _Statistic, nodes: list[ir.Node], *, whole: bool
+    ) -> Iterator[_Statistic]:
+        """Yield the statistic with what the nodes add to the root, where nothing is added under it."""
+        shape = self._sizes(x, nodes, statistic.axes, whole=whole)
+        if statistic.epsilon or shape is None:
+            return
+        probe = np.random.default_rng(3).normal(size=shape)
+        square = statistic.inner(probe)[1]
+        zero, at_probe = (self._evaluator.run(nodes, x, tensor) for tensor in (np.zeros(shape), probe))
+        for value, at_zero in zero.items():
+            result = at_probe.get(value)
+            epsilon = float(at_zero.flat[0]) if at_zero.size and at_zero.dtype == np.float64 else 0.0
+            if not (0 < epsilon < np.inf and np.all(at_zero == epsilon)) or result is None:
+                continue
+            possible = replace(statistic, epsilon=epsilon, outside=True)
+            if _like(result, shape, square) and _close(result, possible.divisor(square), shape):
+                yield possible
+
+    def _found(self, x: ir.Value, statistic: _Statistic, fits: dict[ir.Value, tuple[Array, Array]]) -> Decomposed:
+        """Return the norm from x to the last value that is one, with the parameters of the biased variance."""
         output = _last(fits)
         members, used = self._members(x, output)
         sizes = list(x.shape) if x.shape is not None else [None]
@@ -207,10 +267,13 @@ class _Finder:
         gamma, beta = fits[output]
         if statistic.axes[-1] == -1 and not isinstance(shape[-1], int):
             shape[-1] = self._width(members)
-        known = all(isinstance(size, int) for size in shape)
+        known = tuple(size for size in shape if isinstance(size, int))
+        known = known if len(known) == len(shape) else ()
+        correction = statistic.correction(math.prod(known) if known else gamma.size)
+        root = math.sqrt(correction)
         return Decomposed(
-            statistic.kind, statistic.axes, tuple(int(size) for size in shape) if known else (),  # type: ignore[arg-type]
-            statistic.epsilon, gamma, beta, x, output, members, used,
+            statistic.kind, statistic.axes, known, statistic.epsilon / (root if statistic.outside else correction),
+            statistic.outside, gamma / root, beta, x, output, members, used,
         )  # fmt: skip
 
     def _fits(
@@ -222,7 +285,7 @@ class _Finder:
         if shape is None:
             return {}
         probe = np.resize([1.0, -1.0], math.prod(shape) + 1)[1:].reshape(shape) * rng.uniform(1, 2, size=shape)
-        zero, plus, minus = (self._evaluator.run(nodes, {x: tensor}) for tensor in (np.zeros(shape), probe, -probe))
+        zero, plus, minus = (self._evaluator.run(nodes, x, tensor) for tensor in (np.zeros(shape), probe, -probe))
         normalized = statistic.normalize(probe)[0]
         constants = self._evaluator.floats(nodes)
         dtype = np.float64 if x.dtype == ir.DataType.DOUBLE else np.float32
@@ -243,10 +306,10 @@ class _Finder:
             sizes = self._sizes(x, nodes, statistic.axes, whole=whole, trial=trial)
             if sizes is None or not fits:
                 return {}
-            unit = scale if trial else scale * max(float(np.sqrt(statistic.epsilon)), _LEAST)
+            unit = scale if trial else scale * statistic.unit
             spread = np.exp(rng.normal(size=(*sizes[:-1], 1)))
             tensor = unit * spread * (rng.normal(size=sizes) + mean)
-            results, expected = self._evaluator.run(nodes, {x: tensor}), statistic.normalize(tensor)
+            results, expected = self._evaluator.run(nodes, x, tensor), statistic.normalize(tensor)
             for value, (gamma, beta) in list(fits.items()):
                 result = results.get(value)
                 if result is not None and result.shape == sizes:
@@ -264,7 +327,9 @@ class _Finder:
         heapq.heapify(queue)
         while queue and len(nodes) < _MOST_NODES:
             node = self._nodes[heapq.heappop(queue)]
-            if not _known(node) or not all(v is None or v in known or v in self._constants for v in node.inputs):
+            if not _known(node) or not all(v is None or v in known or self._evaluator.given(v) for v in node.inputs):
+                continue
+            if all(value in self._shapes for value in node.outputs):
                 continue
             nodes.append(node)
             known.update(node.outputs)
@@ -284,6 +349,8 @@ class _Finder:
             node = stack.pop()
             if node not in between:
                 between.add(node)
+                if node.op_type in MEASURES:
+                    continue
                 inner = (value for value in node.inputs if value is not x and value not in self._constants)
                 stack += [producer for value in inner if value is not None and (producer := value.producer())]
         members, used = {last}, None
@@ -291,7 +358,7 @@ class _Finder:
             outside = [v for v in node.outputs if v.is_graph_output() or not members.issuperset(v.consumers())]
             if not outside:
                 members.add(node)
-            elif not _is_integer(outside[0]):  # a shape is of x, and x stays
+            elif outside[0] not in self._shapes:  # a shape stays where others need it
                 used = used or outside[0].name
         return tuple(sorted(members, key=self._order.__getitem__)), used
 
@@ -318,10 +385,6 @@ class _Finder:
 
 def _known(node: ir.Node) -> bool:
     return node.op_type in OPERATORS and node.domain in ("", "ai.onnx")
-
-
-def _is_integer(value: ir.Value) -> bool:
-    return value.dtype is not None and value.dtype.is_integer()
 
 
 def _like(statistic: Array, shape: tuple[int, ...], expected: Array) -> bool:

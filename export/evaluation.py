@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Set
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from ..errors import ModelError
 from .constants import constant, is_constant
 
 Array = npt.NDArray[Any]
+#: The operators that take nothing but the shape of their input.
+MEASURES = {"Shape", "Size"}
 
 
 class Evaluator:
@@ -27,27 +29,36 @@ class Evaluator:
     operators : container of str
         ONNX's operators that may be run to fold constants.
     opset : int
-    constants : set of onnx_ir.Value
-        Those of the graphs around it.
+    around : Evaluator, optional
+        That of the graph around it.
     """
 
-    def __init__(
-        self, graph: ir.Graph, operators: Container[str], opset: int, constants: Set[ir.Value] = frozenset()
-    ) -> None:
+    def __init__(self, graph: ir.Graph, operators: Container[str], opset: int, around: Evaluator | None = None) -> None:
         self._known, self._opset = operators, opset
         self._operators: dict[ir.Node, ReferenceEvaluator] = {}
         self._folded: dict[ir.Value, Array] = {}
         #: What no input of the model decides.
-        self.constants = {value for value in graph.initializers.values() if value.const_value is not None} | constants
+        self.constants: set[ir.Value] = set() if around is None else set(around.constants)
+        self.constants.update(value for value in graph.initializers.values() if value.const_value is not None)
+        #: What the shapes of values decide, whatever they hold.
+        self.shapes: set[ir.Value] = set() if around is None else set(around.shapes)
         for node in graph:
             inputs = [value for value in node.inputs if value is not None]
-            folds = node.op_type in operators and inputs and self.constants.issuperset(inputs)
-            if folds or (len(node.outputs) == 1 and is_constant(node.outputs[0])):
+            folds = node.op_type in operators and inputs
+            if (folds and self.constants.issuperset(inputs)) or (
+                len(node.outputs) == 1 and is_constant(node.outputs[0])
+            ):
                 self.constants.update(node.outputs)
+            elif node.op_type in MEASURES or (folds and all(map(self.given, inputs))):
+                self.shapes.update(node.outputs)
+
+    def given(self, value: ir.Value) -> bool:
+        """Tell whether a value is known without any tensor: a constant, or what shapes decide."""
+        return value in self.constants or value in self.shapes
 
     def within(self, body: ir.Graph) -> Evaluator:
         """Return the evaluator of a body in the graph."""
-        return Evaluator(body, self._known, self._opset, self.constants)
+        return Evaluator(body, self._known, self._opset, self)
 
     def constant(self, value: ir.Value) -> Array:
         """Return a constant's value.
@@ -61,7 +72,7 @@ class Evaluator:
             array, producer = constant(value), value.producer()
             if array is None:
                 assert producer is not None
-                self._compute(producer, self._folded)
+                self._compute(producer, self._folded, {})
             else:
                 floating = ir.DataType.from_numpy(array.dtype).is_floating_point()
                 self._folded[value] = array.astype(np.float64) if floating else array
@@ -72,26 +83,41 @@ class Evaluator:
         read = (value for node in nodes for value in node.inputs if value is not None and value in self.constants)
         return [array for array in map(self.constant, read) if array.dtype == np.float64]
 
-    def run(self, nodes: Iterable[ir.Node], values: dict[ir.Value, Array]) -> dict[ir.Value, Array]:
-        """Add to `values` what nodes compute of it, and return it; those that fail on its shapes are left out."""
+    def run(self, nodes: Iterable[ir.Node], x: ir.Value, value: Array) -> dict[ir.Value, Array]:
+        """Return x and what nodes compute of its value; those that fail on its shape are left out.
+
+        What nodes need of the shapes of other values is known where these have dimensions of x, by name.
+        """
+        values = {x: value}
+        dims = list(x.shape) if x.shape is not None else []
+        sizes = {str(dim): size for dim, size in zip(dims, value.shape, strict=False) if not isinstance(dim, int)}
         for node in nodes:
             try:
-                self._compute(node, values)
+                self._compute(node, values, sizes)
             except ModelError:
                 raise
             except Exception:  # the reference's operators raise anything where shapes or types don't fit
                 continue
         return values
 
-    def _compute(self, node: ir.Node, values: dict[ir.Value, Array]) -> None:
+    def _compute(self, node: ir.Node, values: dict[ir.Value, Array], sizes: Mapping[str, int]) -> None:
         operator = self._operators.get(node)
         if operator is None:
             operator = self._operators[node] = _operator(node, self._opset)
-        feed = {
-            f"x{index}": self.constant(value) if value in self.constants else values[value]
-            for index, value in enumerate(node.inputs)
-            if value is not None
-        }
+        feed = {}
+        for index, value in enumerate(node.inputs):
+            if value is None:
+                continue
+            if value in self.constants:
+                feed[f"x{index}"] = self.constant(value)
+                continue
+            producer = value.producer()
+            if value not in values and value in self.shapes and producer is not None:
+                self._compute(producer, values, sizes)
+            elif value not in values and node.op_type in MEASURES and value.shape is not None:
+                shape = [dim if isinstance(dim, int) else sizes[str(dim)] for dim in value.shape]
+                values[value] = np.broadcast_to(0.0, shape)
+            feed[f"x{index}"] = values[value]
         for output, result in zip(node.outputs, operator.run(None, feed), strict=True):
             values[output] = np.asarray(result)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -79,21 +78,21 @@ def to_onnx(
     form : Form
         ``inline``, the nodes; or ``function``, one node of the domain ``fxp_layernorm`` with the nodes as its body.
     leading : sequence of str or int
-        The dimensions before the normalized ones: a name for each dynamic one, a number for each fixed one.
+        The dimensions that are not normalized: a name for each dynamic one, a number for each fixed one.
 
     Raises
     ------
     ModelError
-        If the word doesn't hold the spec.
+        If the word doesn't hold the spec, or there are fewer dimensions than the axes of the spec need.
     """
     form, word = _parse(form, word)
     if form is Form.QDQ:
         raise ModelError("a norm by itself has no form qdq: it is for norms of a model, with `quantize_model`")
-    shape = [*leading, *spec.normalized_shape]
+    shape = _shape(spec, leading)
     operands = [_typed(name, params, shape) for name, params in zip(("q", "residual"), spec.operands, strict=False)]
     tape = Tape()
-    y, functions, stages = subgraph.append(
-        tape, spec, *operands[:1], rank=len(shape), form=form, word=word, name="", opset=OPSET,
+    y, functions, stages = _append(
+        tape, spec, operands[0], rank=len(shape), form=form, word=word, name="", opset=OPSET,
         residual=operands[1] if len(operands) > 1 else None,
     )  # fmt: skip
     w = stages.pop("w", None)
@@ -233,8 +232,8 @@ def _check_same(norm: Norm | None, entry: NormParams) -> None:
     spec, layer = entry.spec, norm.layer
     same = (
         spec.kind is norm.kind
-        and spec.normalized_shape == layer.normalized_shape
-        and spec.eps == layer.eps
+        and (spec.normalized_shape, spec.axes) == (layer.normalized_shape, layer.axes)
+        and (spec.eps, spec.eps_outside) == (layer.eps, layer.eps_outside)
         and spec.gamma == tuple(layer.gamma.tolist())
         and spec.beta == tuple(layer.beta.tolist())
     )
@@ -253,7 +252,7 @@ def _replace(
     border = border if border is not None and border.fits(spec) else None
     unused = [value for node in norm.nodes for value in node.inputs if value is not None and value is not x]
     tape = Tape()
-    shape, functions, stages = spec.normalized_shape, dict[str, ir.Function](), dict[str, ir.Value]()
+    functions, stages = dict[str, ir.Function](), dict[str, ir.Value]()
     nodes: tuple[ir.Node, ...] = norm.nodes
     place = norm.nodes[-1]
     if form is Form.QDQ and border:
@@ -265,8 +264,8 @@ def _replace(
         codes_in, codes_out, y = floating.quantizers(tape, spec, x, opset, old.dtype)
         results = {old: y}
     else:
-        codes_in = border.codes if border else _quantize(tape, x, spec.input, shape, opset)
-        codes_out, functions, stages = subgraph.append(
+        codes_in = border.codes if border else _quantize(tape, x, spec, opset)
+        codes_out, functions, stages = _append(
             tape, spec, codes_in, rank=len(x.shape) if x.shape is not None else None, form=form, word=word,
             name=norm.name, opset=opset, residual=border.residual_codes if border else None,
         )  # fmt: skip
@@ -275,7 +274,7 @@ def _replace(
             nodes, place = (*norm.nodes, *border.nodes), border.place(norm)
             unused += border.unused
         else:
-            results = {old: _dequantize(tape, codes_out, spec.output, shape, opset, old.dtype)}
+            results = {old: _dequantize(tape, codes_out, spec, opset, old.dtype)}
     codes_sum = stages.pop("w", None)
     roles = {codes_in: "codes_in", codes_out: "codes_out", **{value: letter for letter, value in stages.items()}}
     if codes_sum is not None:
@@ -312,15 +311,61 @@ def _remove_unused(values: list[ir.Value]) -> None:
             _remove_unused(inputs)
 
 
-def _quantize(tape: Tape, x: ir.Value, params: QuantParams, shape: tuple[int, ...], opset: int) -> ir.Value:
+def _append(
+    tape: Tape,
+    spec: LayerNormSpec,
+    q: ir.Value,
+    *,
+    rank: int | None,
+    form: Form,
+    word: Word,
+    name: str,
+    opset: int,
+    residual: ir.Value | None,
+) -> tuple[ir.Value, dict[str, ir.Function], dict[str, ir.Value]]:
+    """Append what `subgraph.append` does, between transpositions where the axes are not the last."""
+    last = tuple(range(-len(spec.axes), 0))
+    if spec.axes == last:
+        return subgraph.append(
+            tape, spec, q, rank=rank, form=form, word=word, name=name, opset=opset, residual=residual
+        )  # fmt: skip
+    if rank is None:
+        raise ModelError(f"the norm {name!r} can't be replaced: the rank of its input is not known")
+    normalized = [axis + rank for axis in spec.axes]
+    order = [axis for axis in range(rank) if axis not in normalized] + normalized
+    rows, others = (
+        None if value is None else tape.op("Transpose", [value], {"perm": order}) for value in (q, residual)
+    )
+    assert rows is not None
+    y, functions, stages = subgraph.append(
+        tape, dataclasses.replace(spec, axes=last), rows, rank=rank, form=form, word=word, name=name, opset=opset,
+        residual=others,
+    )  # fmt: skip
+    back = {"perm": np.argsort(order).tolist()}
+    if "w" in stages:
+        stages = {**stages, "w": tape.op("Transpose", [stages["w"]], back)}
+    return tape.op("Transpose", [y], back), functions, stages
+
+
+def _shape(spec: LayerNormSpec, leading: Sequence[str | int]) -> list[str | int]:
+    """Return the leading dimensions and the normalized ones in their places."""
+    rank = len(leading) + len(spec.axes)
+    if rank < -spec.axes[0]:
+        raise ModelError(f"the axes {spec.axes} need at least {-spec.axes[0] - len(spec.axes)} leading dimensions")
+    sizes: dict[int, int] = dict(zip(spec.axes, spec.normalized_shape, strict=True))
+    others = iter(leading)
+    return [sizes[axis] if axis in sizes else next(others) for axis in range(-rank, 0)]
+
+
+def _quantize(tape: Tape, x: ir.Value, spec: LayerNormSpec, opset: int) -> ir.Value:
     """Append ``clamp(round(x / 2**e / scale) + zero_point)``, as `QuantParams.quantize` computes it in float32."""
-    op = tape.op
+    op, params = tape.op, spec.input
     if x.dtype != ir.DataType.FLOAT:
         x = op("Cast", [x], {"to": ir.DataType.FLOAT})
     if params.exponents is not None:
-        x = op("Mul", [x, constant(tape, _powers(params, shape, -1))])
+        x = op("Mul", [x, constant(tape, _powers(spec, params, -1))])
     if params.channel_scales is not None:
-        x = op("Div", [x, constant(tape, _scales(params, shape))])
+        x = op("Div", [x, constant(tape, _scales(spec, params))])
     dtype, scale = params.dtype.numpy, constant(tape, _shared_scale(params))
     whole = (params.lo, params.hi) == (np.iinfo(dtype).min, np.iinfo(dtype).max)
     if whole and opset >= (13 if dtype.itemsize == 1 else 21):  # the first opset whose QuantizeLinear has the type
@@ -330,11 +375,10 @@ def _quantize(tape: Tape, x: ir.Value, params: QuantParams, shape: tuple[int, ..
     return op("Cast", [op("Clip", [x, low, high])], {"to": ir.DataType.from_numpy(dtype)})
 
 
-def _dequantize(
-    tape: Tape, q: ir.Value, params: QuantParams, shape: tuple[int, ...], opset: int, dtype: ir.DataType | None
-) -> ir.Value:
+def _dequantize(tape: Tape, q: ir.Value, spec: LayerNormSpec, opset: int, dtype: ir.DataType | None) -> ir.Value:
     """Append ``(q - zero_point) * scale * 2**f``, as `QuantParams.dequantize` computes it, in the old output's type."""
-    op, scale = tape.op, constant(tape, _shared_scale(params))
+    op, params = tape.op, spec.output
+    scale = constant(tape, _shared_scale(params))
     # the first opset whose DequantizeLinear has the type, and for 8 bits the first that ONNX's own reference runs
     if opset >= (19 if params.dtype.numpy.itemsize == 1 else 21):
         y = op("DequantizeLinear", [q, scale, constant(tape, params.dtype.numpy.type(params.zero_point))])
@@ -342,9 +386,9 @@ def _dequantize(
         y = op("Cast", [q], {"to": ir.DataType.FLOAT})
         y = op("Mul", [op("Sub", [y, constant(tape, np.float32(params.zero_point))]), scale])
     if params.exponents is not None:
-        y = op("Mul", [y, constant(tape, _powers(params, shape, 1))])
+        y = op("Mul", [y, constant(tape, _powers(spec, params, 1))])
     if params.channel_scales is not None:
-        y = op("Mul", [y, constant(tape, _scales(params, shape))])
+        y = op("Mul", [y, constant(tape, _scales(spec, params))])
     return y if dtype in (None, ir.DataType.FLOAT) else op("Cast", [y], {"to": dtype})
 
 
@@ -353,13 +397,19 @@ def _shared_scale(params: QuantParams) -> np.float32:
     return np.float32(params.scale if params.channel_scales is None else 1)
 
 
-def _scales(params: QuantParams, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    return params.channel_steps(math.prod(shape)).astype(np.float32).reshape(shape)
+def _scales(spec: LayerNormSpec, params: QuantParams) -> npt.NDArray[np.float32]:
+    return params.channel_steps(spec.n).astype(np.float32).reshape(_broadcast(spec))
 
 
-def _powers(params: QuantParams, shape: tuple[int, ...], sign: int) -> npt.NDArray[np.float32]:
-    exponents = np.array(params.channel_exponents(math.prod(shape)), dtype=np.float32)
-    return np.exp2(sign * exponents).reshape(shape)
+def _powers(spec: LayerNormSpec, params: QuantParams, sign: int) -> npt.NDArray[np.float32]:
+    exponents = np.array(params.channel_exponents(spec.n), dtype=np.float32)
+    return np.exp2(sign * exponents).reshape(_broadcast(spec))
+
+
+def _broadcast(spec: LayerNormSpec) -> list[int]:
+    """Return the shape of what differs by channel: that of a norm's input from the first normalized dimension on."""
+    sizes = dict(zip(spec.axes, spec.normalized_shape, strict=True))
+    return [sizes.get(axis, 1) for axis in range(spec.axes[0], 0)]
 
 
 def _name(tape: Tape, norm: str, taken: set[str], roles: dict[ir.Value, str]) -> None:

@@ -38,6 +38,8 @@ class Norm:
     normalized_shape : tuple of int
         Their sizes; empty where they are not known.
     epsilon : float
+    eps_outside : bool
+        Whether epsilon is added to the deviation instead of the variance.
     input, output : str
         The names of the tensors that it reads and writes.
     nodes : tuple of onnx_ir.Node
@@ -54,6 +56,7 @@ class Norm:
     axes: tuple[int, ...]
     normalized_shape: tuple[int, ...]
     epsilon: float
+    eps_outside: bool
     input: str
     output: str
     nodes: tuple[ir.Node, ...]
@@ -81,7 +84,10 @@ def find_norms(model: ir.Model) -> list[Norm]:
         inner = _unobservable(around)
         fused_nodes = [node for node in graph if fused.kind(node) is not None]
         norms = [_norm(node, _name(node, names)) for node in fused_nodes]
-        norms += [_decomposed(region, _name(region.nodes[-1], names)) for region in find_decomposed(graph, evaluator)]
+        norms += [
+            _decomposed(region, _name(region.nodes[-1], names), inside=bool(around))
+            for region in find_decomposed(graph, evaluator)
+        ]
         found += norms if inner is None else [replace(norm, layer=None, blocker=inner) for norm in norms]
     order = {node: index for index, node in enumerate(model.graph.all_nodes())}
     found.sort(key=lambda norm: order[norm.nodes[-1]])
@@ -153,34 +159,47 @@ def _norm(node: ir.Node, name: str) -> Norm:
             except ValueError as error:  # an eps below 0, or shapes that don't go together
                 blocker = str(error)
     return Norm(
-        name=name, kind=kind, form=node.op_type, axes=axes, normalized_shape=shape, epsilon=epsilon,
+        name=name, kind=kind, form=node.op_type, axes=axes, normalized_shape=shape, epsilon=epsilon, eps_outside=False,
         input=x.name or "", output=output.name or "", nodes=(node,), layer=layer, blocker=blocker,
     )  # fmt: skip
 
 
-def _decomposed(region: Decomposed, name: str) -> Norm:
+def _decomposed(region: Decomposed, name: str, *, inside: bool) -> Norm:
+    last = region.axes == tuple(range(-len(region.axes), 0))
     blocker: str | None = None
-    if region.axes != tuple(range(-len(region.axes), 0)):
-        blocker = f"its axes {', '.join(map(str, region.axes))} are not the last"
-    elif region.used_elsewhere is not None:
+    if region.used_elsewhere is not None:
         blocker = f"its inner value {region.used_elsewhere!r} is used elsewhere"
     elif not region.shape:
         blocker = "the size of the normalized dimensions is not known"
+    elif region.eps_outside:
+        blocker = "its eps is added to the deviation, for which there is no subgraph yet"
+    elif not last and inside:
+        blocker = f"its axes {', '.join(map(str, region.axes))} are not the last, and it is in a body"
     layer = None
     if blocker is None:
         gamma, beta = (parameter.reshape(region.shape) for parameter in (region.gamma, region.beta))
-        layer = _layer(region.kind, region.shape, region.epsilon, gamma, beta)
+        layer = _layer(
+            region.kind, region.shape, region.epsilon, gamma, beta, axes=region.axes, eps_outside=region.eps_outside
+        )
     return Norm(
         name=name, kind=region.kind, form="decomposed", axes=region.axes, normalized_shape=region.shape,
-        epsilon=region.epsilon, input=region.input.name or "", output=region.output.name or "", nodes=region.nodes,
-        layer=layer, blocker=blocker,
+        epsilon=region.epsilon, eps_outside=region.eps_outside, input=region.input.name or "",
+        output=region.output.name or "", nodes=region.nodes, layer=layer, blocker=blocker,
     )  # fmt: skip
 
 
 def _layer(
-    kind: NormKind, shape: tuple[int, ...], epsilon: float, gamma: npt.NDArray[Any], beta: npt.NDArray[Any] | None
+    kind: NormKind,
+    shape: tuple[int, ...],
+    epsilon: float,
+    gamma: npt.NDArray[Any],
+    beta: npt.NDArray[Any] | None,
+    *,
+    axes: tuple[int, ...] | None = None,
+    eps_outside: bool = False,
 ) -> LayerNorm | RMSNorm:
-    layer = LayerNorm(shape, epsilon) if kind is NormKind.LAYERNORM else RMSNorm(shape, epsilon)
+    make = LayerNorm if kind is NormKind.LAYERNORM else RMSNorm
+    layer = make(shape, epsilon, eps_outside=eps_outside, axes=axes)
     layer.weight = _shaped(gamma, shape)
     if isinstance(layer, LayerNorm):
         layer.bias = None if beta is None else _shaped(beta, shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import io
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ CONSTANTS: dict[str, Any] = {
     "eps": np.float32(1e-5), "zero": np.float32(0), "one": np.float32(1), "two": np.float32(2), "half": np.float32(0.5),
     "minus_half": np.float32(-0.5), "inverse_n": np.float32(1 / N), "n": np.float32(N), "sqrt_n": np.float32(N**0.5),
     "n_less_1": np.float32(N - 1), "inverse_n_less_1": np.float32(1 / (N - 1)),
-    "last": np.array([-1]), "last_two": np.array([-2, -1]), "middle": np.array([1]), "first": np.array([0]),
+    "inverse_n_less_2": np.float32(1 / (N - 2)), "bessel": np.float32(N / (N - 1)),
+    "last": np.array([-1]), "ones": np.array([1]), "last_two": np.array([-2, -1]), "middle": np.array([1]),
+    "middle_axis": np.array([-2]), "first": np.array([0]),
     "matrix": RNG.normal(size=(5, N)).astype(np.float32), "rows_of_5": RNG.normal(size=(5, 1)).astype(np.float32),
     "channels": RNG.normal(size=(1, 5, 1)).astype(np.float32), "to_rows": np.array([-1, N]),
     "mean16": RNG.normal(size=N).astype(np.float32), "var16": np.exp(RNG.normal(size=N)).astype(np.float32),
@@ -73,6 +76,10 @@ LAYERNORMS: dict[str, tuple[str, bool, bool]] = {
                   "a = Add(v, eps) r = Sqrt(a) u = Div(d, r) " + AFFINE, True, True),
     "expanded": ("f = Shape(h) m = MEAN(h) b = Expand(m, f) d = Sub(h, b) s = Pow(d, two) v = MEAN(s) a = Add(v, eps) "
                  "c = Expand(a, f) r = Sqrt(c) u = Div(d, r) " + AFFINE, True, True),
+    "expanded to a shape from before": (
+        "f = Shape(x) m = MEAN(h) d = Sub(h, m) s = Mul(d, d) v1 = FLATMEAN(s) z = Shape(v1) "
+        "l = Concat<axis = 0>(z, ones) w = Reshape(v1, l) v = Expand(w, f) a = Add(v, eps) r = Sqrt(a) "
+        "u = Div(d, r) " + AFFINE, True, True),
     "no kept dimensions": ("m1 = FLATMEAN(h) m = UNSQUEEZE(m1) d = Sub(h, m) s = Pow(d, two) v1 = FLATMEAN(s) "
                            "a1 = Add(v1, eps) r1 = Sqrt(a1) r = UNSQUEEZE(r1) u = Div(d, r) " + AFFINE, True, True),
     "constants computed": (VARIANCE + "r = Sqrt(a) u = Div(d, r) i = Identity(gamma) g = Mul(u, i) "
@@ -99,10 +106,12 @@ OTHERS: dict[str, str] = {
     "L2 normalization": "s = Mul(h, h) v = SUM(s) r = Sqrt(v) o = Div(h, r)",
     "L2 normalization with eps": "s = Mul(h, h) v = SUM(s) a = Add(v, eps) r = Sqrt(a) o = Div(h, r)",
     "L2 normalization, clamped": "s = Mul(h, h) v = SUM(s) r = Sqrt(v) c = Max(r, tiny) o = Div(h, c)",
-    "n - 1": CENTRED
-    + "s = Mul(d, d) z = SUM(s) v = Mul(z, inverse_n_less_1) a = Add(v, eps) r = Sqrt(a) o = Div(d, r)",
-    "eps behind the root": CENTRED + "s = Mul(d, d) v = MEAN(s) r = Sqrt(v) a = Add(r, eps) o = Div(d, a)",
-    "tiny eps behind the root": CENTRED + "s = Mul(d, d) v = MEAN(s) r = Sqrt(v) a = Add(r, tiny) o = Div(d, a)",
+    "n - 2": CENTRED
+    + "s = Mul(d, d) z = SUM(s) v = Mul(z, inverse_n_less_2) a = Add(v, eps) r = Sqrt(a) o = Div(d, r)",
+    "eps on both sides of the root": CENTRED
+    + "s = Mul(d, d) v = MEAN(s) w = Add(v, eps) r = Sqrt(w) a = Add(r, eps) o = Div(d, a)",
+    "L2 normalization, eps behind the root": "s = Mul(h, h) v = SUM(s) r = Sqrt(v) a = Add(r, eps) o = Div(h, a)",
+    "eps taken off": CENTRED + "s = Mul(d, d) v = MEAN(s) r = Sqrt(v) a = Sub(r, eps) o = Div(d, a)",
     "eps as the least variance": CENTRED + "s = Mul(d, d) v = MEAN(s) a = Max(v, eps) r = Sqrt(a) o = Div(d, r)",
     "not centred above": CENTRED + "s = Mul(d, d) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) o = Div(h, r)",
     "not centred below": CENTRED + "s = Mul(h, h) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) o = Div(d, r)",
@@ -123,12 +132,14 @@ def model_of(text: str, *, opset: int = 13, ir_version: int = 8, shape: str = "b
     """Return ``o = f(x * weight), y = tanh(o)``; MEAN, SUM and UNSQUEEZE stand for what the opset has."""
     by_input = opset >= 18
     for macro, operator, keep, since in (
-        ("FLATMEAN", "ReduceMean", 0, 18), ("MEAN", "ReduceMean", 1, 18), ("SUM", "ReduceSum", 1, 13),
+        ("FLATMEAN", "ReduceMean", 0, 18), ("MIDDLEMEAN", "ReduceMean", 1, 18), ("MEAN", "ReduceMean", 1, 18),
+        ("SUM", "ReduceSum", 1, 13),
     ):  # fmt: skip
+        axis, constant = (-2, "middle_axis") if macro.startswith("MIDDLE") else (-1, "last")
         call = (
-            f"{operator}<keepdims = {keep}>(#, last)"
+            f"{operator}<keepdims = {keep}>(#, {constant})"
             if opset >= since
-            else f"{operator}<axes = [-1], keepdims = {keep}>(#)"
+            else f"{operator}<axes = [{axis}], keepdims = {keep}>(#)"
         )
         for name in "hsdecwi":
             text = text.replace(f" {macro}({name})", " " + call.replace("#", name))
@@ -201,6 +212,46 @@ def test_rmsnorm_is_found_and_replaced(spelling: str, opset: int) -> None:
     assert_replaced(model, data_of(2, 5, N))
 
 
+OUTER = "s = Mul(d, d) VARIANCE r = Sqrt(v) a = Add(r, EPS) u = Div(d, a) " + AFFINE
+#: Ways to the variance, and whether it is that of n - 1.
+VARIANCES = {
+    "biased": ("v = MEAN(s)", False),
+    "sum": ("z = SUM(s) v = Mul(z, inverse_n_less_1)", True),
+    "factor": ("e = MEAN(s) v = Mul(e, bessel)", True),
+    "torch": ("e = MEAN(s) l = Mul(e, n) v = Div(l, n_less_1)", True),
+}
+
+
+@pytest.mark.parametrize("eps", ["eps", "tiny"])
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_eps_outside_the_root(variance: str, eps: str) -> None:
+    """Gamma * (x - mean) / (deviation + eps) + beta, as the annotated transformer has it."""
+    text, unbiased = VARIANCES[variance]
+    model = model_of(CENTRED + OUTER.replace("VARIANCE", text).replace("EPS", eps))
+    (norm,) = find(model)
+    root = math.sqrt(N / (N - 1)) if unbiased else 1.0
+    assert (norm.kind, norm.eps_outside, norm.output) == ("layernorm", True, "o")
+    assert norm.epsilon == float(CONSTANTS[eps]) / root
+    assert "no subgraph yet" in str(norm.blocker)
+
+
+@pytest.mark.parametrize("variance", ["sum", "factor", "torch"])
+def test_variance_of_n_less_1(variance: str) -> None:
+    text = VARIANCES[variance][0]
+    model = model_of(CENTRED + f"s = Mul(d, d) {text} a = Add(v, eps) r = Sqrt(a) u = Div(d, r) {AFFINE}")
+    (norm,) = find(model)
+    assert (norm.eps_outside, norm.epsilon, norm.blocker) == (False, EPS * (N - 1) / N, None)
+    assert norm.layer is not None
+    gamma = CONSTANTS["gamma"].astype(np.float64)
+    np.testing.assert_allclose(norm.layer.gamma, gamma * math.sqrt((N - 1) / N), rtol=1e-15)
+    assert_replaced(model, data_of(2, 5, N))
+
+
+def test_rmsnorm_with_eps_outside() -> None:
+    (norm,) = find(model_of("s = Mul(h, h) v = MEAN(s) r = Sqrt(v) a = Add(r, eps) u = Div(h, a) o = Mul(u, gamma)"))
+    assert (norm.kind, norm.eps_outside, norm.epsilon, norm.output) == ("rmsnorm", True, EPS, "o")
+
+
 @pytest.mark.parametrize("opset", [13, 18])
 @pytest.mark.parametrize("other", OTHERS)
 def test_what_only_resembles_a_norm_stays(other: str, opset: int) -> None:
@@ -262,13 +313,31 @@ def test_two_axes() -> None:
         assert_replaced(model, data_of(2, 5, N))
 
 
-def test_axes_that_are_not_the_last_are_listed() -> None:
+@pytest.mark.parametrize("opset", [13, 18])
+def test_axes_that_are_not_the_last(opset: int) -> None:
+    """Channels first: the middle dimension is normalized, each of its elements with a gain of its own."""
     text = LAYERNORMS["torch"][0].replace("gamma", "channels").replace("beta", "channels")
-    model = model_of(text.replace("MEAN", "ReduceMean<axes = [1]>"))
+    model = model_of(text.replace("MEAN", "MIDDLEMEAN"), opset=opset)
     (norm,) = find(model)
-    assert (norm.axes, norm.normalized_shape, norm.output) == ((-2,), (5,), "o")
-    assert norm.blocker == "its axes -2 are not the last"
-    assert norm.layer is None
+    assert (norm.axes, norm.normalized_shape, norm.output, norm.blocker) == ((-2,), (5,), "o", None)
+    assert norm.layer is not None
+    np.testing.assert_array_equal(norm.layer.gamma, CONSTANTS["channels"].ravel())
+    for form in ("inline", "function"):
+        exported = assert_replaced(model, data_of(2, 5, N), form)
+        assert [node.op_type for node in exported.graph.node].count("Transpose") == 2
+
+
+@pytest.mark.parametrize("exponents", [0, 3])
+def test_axes_that_are_apart(exponents: int) -> None:
+    """The first and the last of three dimensions, 8-bit codes with exponents of their own for each element."""
+    text = LAYERNORMS["no affine"][0].replace("MEAN", "ReduceMean<axes = [1, 3]>")
+    model = model_of(text, shape="a, 5, 4, 16", opset=14)
+    (norm,) = find(model)
+    assert (norm.axes, norm.normalized_shape, norm.blocker) == ((-3, -1), (5, N), None)
+    feeds = Feeds(data_of(2, 5, 4, N))
+    params = calibrate_model(model, feeds, exponents=exponents)
+    assert params.norms[0].rows == 2 * 2 * 4
+    assert export.verify(model, export.quantize_model(model, params), params, feeds).exact
 
 
 def test_a_gain_that_is_no_channels_stays_outside() -> None:

@@ -32,8 +32,8 @@ def inspect(model: Path, as_json: bool) -> None:
         "norms": [
             {
                 "name": norm.name, "kind": norm.kind.value, "form": norm.form, "axes": list(norm.axes), "n": norm.n,
-                "epsilon": norm.epsilon, "input": norm.input, "output": norm.output, "blocker": norm.blocker,
-                "codes": _codes(borders[norm.name]),
+                "epsilon": norm.epsilon, "eps_outside": norm.eps_outside, "input": norm.input,
+                "output": norm.output, "blocker": norm.blocker, "codes": _codes(borders[norm.name]),
             }
             for norm in norms
         ]
@@ -44,7 +44,7 @@ def inspect(model: Path, as_json: bool) -> None:
             norm.form,
             " ".join(map(str, norm.axes)),
             norm.n,
-            f"{norm.epsilon:g}",
+            f"{norm.epsilon:g}" + (" outside" if norm.eps_outside else ""),
             norm.input,
             norm.blocker or ("yes" + _between(borders[norm.name])),
         )
