@@ -16,7 +16,7 @@ from onnx_ir.tape import Tape
 from .._version import __version__
 from ..errors import ModelError
 from ..params import ModelParams, NormParams
-from ..quantization import QuantParams
+from ..quantization import DType, QuantParams
 from ..runtime import load_external_data
 from ..spec import LayerNormSpec
 from . import floating, fused, subgraph
@@ -63,6 +63,8 @@ def to_onnx(
     form: Form | str = Form.INLINE,
     *,
     leading: Sequence[str | int] = ("rows",),
+    io: DType | str | None = None,
+    opset: int = OPSET,
 ) -> onnx.ModelProto:
     """Return a model that maps input codes ``q`` to output codes ``y``.
 
@@ -79,41 +81,55 @@ def to_onnx(
         ``inline``, the nodes; or ``function``, one node of the domain ``fxp_layernorm`` with the nodes as its body.
     leading : sequence of str or int
         The dimensions that are not normalized: a name for each dynamic one, a number for each fixed one.
+    io : {"int32"}, optional
+        Type of the input codes and of ``y``, for consumers that don't take the codes' own types.
+    opset : int
+        The opset of the model, 13 or later.
 
     Raises
     ------
     ModelError
-        If the word doesn't hold the spec, or there are fewer dimensions than the axes of the spec need.
+        If the word doesn't hold the spec, there are fewer dimensions than the axes of the spec need, or an option is
+        unknown.
     """
     form, word = _parse(form, word)
     if form is Form.QDQ:
         raise ModelError("a norm by itself has no form qdq: it is for norms of a model, with `quantize_model`")
+    if io not in (None, DType.INT32):
+        raise ModelError(f"io is {io!r}; it can be int32")
+    border = None if io is None else ir.DataType.INT32
     shape = _shape(spec, leading)
-    operands = [_typed(name, params, shape) for name, params in zip(("q", "residual"), spec.operands, strict=False)]
+    operands = [
+        _typed(name, params, shape, dtype=border)
+        for name, params in zip(("q", "residual"), spec.operands, strict=False)
+    ]
     tape = Tape()
     y, functions, stages = _append(
-        tape, spec, operands[0], rank=len(shape), form=form, word=word, name="", opset=OPSET,
+        tape, spec, operands[0], rank=len(shape), form=form, word=word, name="", opset=opset, output=border,
         residual=operands[1] if len(operands) > 1 else None,
     )  # fmt: skip
     w = stages.pop("w", None)
     for letter, value in stages.items():
         value.name = letter
-    outputs = [_typed("y", spec.output, shape, y)]
+    outputs = [_typed("y", spec.output, shape, y, border)]
     if w is not None and spec.sum_output is not None:
         outputs.append(_typed("sum", spec.sum_output, shape, w))
     graph = ir.Graph(
-        operands, outputs, nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": OPSET}, name="norm"
+        operands, outputs, nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": opset}, name="norm"
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="fxp-layernorm", producer_version=__version__)
     _add_functions(model, functions)
     return ir.to_proto(model)
 
 
-def _typed(name: str, params: QuantParams, shape: Sequence[str | int], value: ir.Value | None = None) -> ir.Value:
-    """Return codes with a name, a type and a shape."""
+def _typed(
+    name: str, params: QuantParams, shape: Sequence[str | int], value: ir.Value | None = None,
+    dtype: ir.DataType | None = None,
+) -> ir.Value:  # fmt: skip
+    """Return codes with a name, a type, by default their own, and a shape."""
     value = ir.Value() if value is None else value
     value.name, value.shape = name, ir.Shape(shape)
-    value.type = ir.TensorType(ir.DataType.from_numpy(params.dtype.numpy))
+    value.type = ir.TensorType(dtype or ir.DataType.from_numpy(params.dtype.numpy))
     return value
 
 
@@ -322,12 +338,14 @@ def _append(
     name: str,
     opset: int,
     residual: ir.Value | None,
+    output: ir.DataType | None = None,
 ) -> tuple[ir.Value, dict[str, ir.Function], dict[str, ir.Value]]:
     """Append what `subgraph.append` does, between transpositions where the axes are not the last."""
     last = tuple(range(-len(spec.axes), 0))
     if spec.axes == last:
         return subgraph.append(
-            tape, spec, q, rank=rank, form=form, word=word, name=name, opset=opset, residual=residual
+            tape, spec, q, rank=rank, form=form, word=word, name=name, opset=opset, residual=residual,
+            output=output,
         )  # fmt: skip
     if rank is None:
         raise ModelError(f"the norm {name!r} can't be replaced: the rank of its input is not known")
@@ -337,9 +355,10 @@ def _append(
         None if value is None else tape.op("Transpose", [value], {"perm": order}) for value in (q, residual)
     )
     assert rows is not None
+    rows.type = q.type
     y, functions, stages = subgraph.append(
         tape, dataclasses.replace(spec, axes=last), rows, rank=rank, form=form, word=word, name=name, opset=opset,
-        residual=others,
+        residual=others, output=output,
     )  # fmt: skip
     back = {"perm": np.argsort(order).tolist()}
     if "w" in stages:

@@ -6,10 +6,12 @@ channel inputs. The inline form is the same body with all of them written out.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from enum import StrEnum
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
@@ -50,6 +52,7 @@ def append(
     name: str,
     opset: int,
     residual: ir.Value | None = None,
+    output: ir.DataType | None = None,
 ) -> tuple[ir.Value, dict[str, ir.Function], dict[str, ir.Value]]:
     """Append an integer norm from codes to codes.
 
@@ -69,6 +72,8 @@ def append(
         The graph's.
     residual : onnx_ir.Value, optional
         The codes that are added, where the spec has a residual.
+    output : onnx_ir.DataType, optional
+        The result's type, by default that of the output codes.
 
     Returns
     -------
@@ -89,20 +94,32 @@ def append(
         "eps outside the root": spec.A,
         f"a residual add, channel scales or accumulators in the word {word}": spec.adder and word is not Word.INT64,
         "an accumulator beyond its lane": spec.lane < 64 and spec.accumulator > 32,
-        "axes that are not the last": spec.axes != tuple(range(-len(spec.axes), 0)),
+        "axes that are not the last of an unknown number of dimensions": rank is None and not _last(spec),
     }  # fmt: skip
     for what, applies in unsupported.items():
         if applies:
             raise ModelError(f"the subgraph can't be written for {what} yet")
+    if rank is not None and not _last(spec):
+        normalized = [axis + rank for axis in spec.axes]
+        order = [*(axis for axis in range(rank) if axis not in normalized), *normalized]
+        operands = [_transpose(tape, value, order) for value in (q, residual) if value is not None]
+        y, functions, stages = append(
+            tape, _with_last_axes(spec), operands[0], rank=rank, form=form, word=word, name=name, opset=opset,
+            residual=operands[1] if residual is not None else None, output=output,
+        )  # fmt: skip
+        back = np.argsort(order).tolist()
+        if "w" in stages:
+            stages["w"] = _transpose(tape, stages["w"], back)
+        return _transpose(tape, y, back), functions, stages
     if spec.adder is not None:
         u, w = input_stage.append(tape, spec, [q] if residual is None else [q, residual])
         y, functions, stages = append(
-            tape, input_stage.behind(spec), u, rank=rank, form=form, word=word, name=name, opset=opset
+            tape, input_stage.behind(spec), u, rank=rank, form=form, word=word, name=name, opset=opset, output=output
         )
         return y, functions, stages if w is None else {**stages, "w": w}
     flatten = len(spec.normalized_shape) > 1 or rank == 1
     writer = Writer(tape if form is Form.INLINE else Tape(), attributes(spec), inline=form is Form.INLINE)
-    body = _body(spec, word, writer)
+    body = _body(spec, word, writer, output or ir.DataType.from_numpy(spec.output.dtype.numpy))
     lowest = max(body.opset, 14 if flatten else 0)  # for Reshape's allowzero
     if opset < lowest:
         raise ModelError(
@@ -121,6 +138,20 @@ def append(
     return y, {function.name: function}, {}
 
 
+def _last(spec: LayerNormSpec) -> bool:
+    return spec.axes == tuple(range(-len(spec.axes), 0))
+
+
+def _with_last_axes(spec: LayerNormSpec) -> LayerNormSpec:
+    return dataclasses.replace(spec, axes=tuple(range(-len(spec.axes), 0)))
+
+
+def _transpose(tape: Tape, value: ir.Value, order: list[int]) -> ir.Value:
+    moved = tape.op("Transpose", [value], {"perm": order})
+    moved.type = value.type
+    return moved
+
+
 def attributes(spec: LayerNormSpec) -> dict[str, int | float]:
     """Return the attributes that every function node has: every integer of the spec that is not one a channel."""
     return {
@@ -129,8 +160,7 @@ def attributes(spec: LayerNormSpec) -> dict[str, int | float]:
     }  # fmt: skip
 
 
-def _body(spec: LayerNormSpec, word: Word, writer: Writer) -> int64.Body | narrow.Body:
-    output = ir.DataType.from_numpy(spec.output.dtype.numpy)
+def _body(spec: LayerNormSpec, word: Word, writer: Writer, output: ir.DataType) -> int64.Body | narrow.Body:
     if word is Word.INT64:
         return int64.Body(spec, writer, output)
     return narrow.Body(spec, narrow.INT32 if word is Word.INT24 else narrow.FLOAT, writer, output)

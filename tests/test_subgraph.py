@@ -150,7 +150,7 @@ def test_word_that_cannot_hold_the_spec_is_refused() -> None:
 def test_unknown_word_or_form(option: dict[str, str], match: str) -> None:
     spec = spec_of(NormKind.LAYERNORM, 8, "int8", "int8", 0, 24)
     with pytest.raises(ModelError, match=match):
-        to_onnx(spec, **option)
+        to_onnx(spec, **option)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,1 @@
+"""Which consumers compute the exported norms to the last bit, and what each word costs: docs/targets.md."""

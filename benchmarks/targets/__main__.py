@@ -1,0 +1,251 @@
+"""Every consumer on every word and form, bit by bit, and the cost of each word: ``python -m benchmarks.targets``.
+
+Consumers are taken from virtual environments of their own under ``--environments``; ``--install`` makes those that are
+missing. One that can't be had is listed as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+import fxp_layernorm as fxp
+from fxp_layernorm import reference
+from fxp_layernorm.benchmark import environment
+from fxp_layernorm.export import to_onnx
+
+from .cost import cost_tables
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "targets.md"
+MARK = "<!-- printed -->\n"
+SECONDS = 60
+
+#: The packages of each consumer, and how it is called in the tables.
+CONSUMERS = {
+    "onnxruntime": ("onnxruntime", "ONNX Runtime"),
+    "reference": ("onnx", "onnx.reference"),
+    "openvino": ("openvino", "OpenVINO, CPU"),
+    "tract": ("tract", "tract"),
+    "tvm": ("apache-tvm", "Apache TVM, LLVM"),
+    "emx": ("emx-onnx-cgen", "emx-onnx-cgen, gcc"),
+    "qnn": ("onnxruntime-qnn", "onnxruntime-qnn, x86 HTP"),
+    "qnn_alone": ("onnxruntime-qnn", "the same, nothing on the CPU"),
+}
+WORDS = ("int64", "int24", "float24")
+#: The forms, and the type of the graph's input and output where it is not the codes'.
+FORMS: dict[str, tuple[str, str | None]] = {
+    "inline": ("inline", None), "inline, int32 in and out": ("inline", "int32"), "function": ("function", None),
+}  # fmt: skip
+LENGTHS = (64, 120, 384, 768)
+OPSETS = (13, 17, 21)
+
+
+class Case(NamedTuple):
+    """One model."""
+
+    word: str
+    form: str
+    n: int
+    opset: int
+    dynamic: bool
+
+
+CASES = [Case(*values) for values in itertools.product(WORDS, FORMS, LENGTHS, OPSETS, (False, True))]
+
+
+@dataclass
+class Answers:
+    """What a consumer made of the cases of one word and form."""
+
+    exact: list[Case]
+    wrong: list[Case]
+    refused: dict[Case, str]
+
+    def __str__(self) -> str:
+        total = len(self.exact) + len(self.wrong) + len(self.refused)
+        if len(self.exact) == total:
+            return "exact"
+        parts = []
+        if self.exact:
+            parts.append(f"exact {_which(self.exact)}")
+        if self.wrong:
+            parts.append(f"**wrong** {_which(self.wrong)}".rstrip())
+        for message, count in Counter(self.refused.values()).most_common():
+            cases = [case for case, found in self.refused.items() if found == message]
+            parts.append(f"refused {_which(cases) if count < total else ''}".rstrip() + f": {message}")
+        return "; ".join(parts)
+
+
+def _which(cases: list[Case]) -> str:
+    """Say which cases these are, in as few words as tell them apart."""
+    found = []
+    for name, every in (("n", LENGTHS), ("opset", OPSETS), ("dynamic", (False, True))):
+        values = sorted({getattr(case, name) for case in cases})
+        if len(values) < len(every):
+            words = ["dynamic" if value else "static" for value in values] if name == "dynamic" else map(str, values)
+            found.append(" ".join(words) if name == "dynamic" else f"{name} {', '.join(words)}")
+    return f"({'; '.join(found)})" if found else f"({len(cases)} cases)"
+
+
+def spec_and_rows(n: int) -> tuple[fxp.LayerNormSpec, npt.NDArray[Any]]:
+    """Return a LayerNorm from int8 to int8 that every word holds, and rows that go to the ends of its values."""
+    rng = np.random.default_rng(n)
+    layer = fxp.LayerNorm(n)
+    layer.weight = np.exp(0.3 * rng.standard_normal(n)) * rng.choice([-1.0, 1.0], n)
+    layer.bias = 0.2 * rng.standard_normal(n)
+    side = fxp.QuantParams("int8", 16 / 255, -5)
+    spec = fxp.plan(layer, side, side, hardware="carried24")
+    k = np.arange(n)
+    ends = [
+        np.where(k < n // 2, 127, -128), np.where(k == n - 1, 127, -128), np.where(k == n - 1, 126, 127),
+        np.where(k == 0, -128, 127), np.where(k % 2 == 0, -128, 127), np.full(n, 127), np.full(n, -128),
+        -128 + 255 * k // (n - 1), 127 - rng.integers(0, 2, n), rng.integers(0, 2, n) - 128,
+    ]  # fmt: skip
+    outliers = np.where(rng.random(n) < 0.02, 20.0, 1.0)
+    normal = np.clip(np.rint(rng.standard_normal((8, n)) * outliers * 5 - 5), -128, 127)
+    return spec, np.concatenate([ends, normal, rng.integers(-128, 128, (6, n))]).astype(np.int8)
+
+
+class Consumer:
+    """A consumer in its own environment, at work on one job after the other."""
+
+    def __init__(self, name: str, python: Path) -> None:
+        script = Path(__file__).parent / "consumer.py"
+        self._process = subprocess.Popen(
+            [python, script, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._answer()
+
+    def run(self, job: dict[str, Any]) -> str | None:
+        """Return None where the job was done, else what went wrong."""
+        assert self._process.stdin is not None
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        error: str | None = self._answer()["error"]
+        return error
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:  # consumers print too
+            if line.startswith('{"'):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise RuntimeError("the consumer can't be imported")
+
+
+def interpreter(name: str, folder: Path, install: bool) -> Path:
+    """Return the interpreter of a consumer's environment."""
+    package = CONSUMERS[name][0]
+    home = folder / package
+    python = home / "bin" / "python"
+    if not python.exists() and install:
+        print(f"installing {package}", file=sys.stderr)
+        venv.create(home, with_pip=True)
+        packages = {package, "numpy", "onnx", *(["onnxruntime"] if "onnxruntime" in package else [])}
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *sorted(packages)], check=True)
+    return python if python.exists() else Path(sys.executable)
+
+
+def version(python: Path, package: str) -> str:
+    """Return the version of a package in an environment."""
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def shorten(error: str, folder: str) -> str:
+    """Return the telling part of a message, without what differs from run to run."""
+    text = " ".join(error.replace(folder, "").replace("|", "/").split())
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def run(name: str, python: Path, cases: list[Case]) -> dict[tuple[str, str], Answers]:
+    """Run a consumer on the cases."""
+    found: dict[tuple[str, str], Answers] = {}
+    consumer = Consumer(name, python)
+    specs = {n: spec_and_rows(n) for n in {case.n for case in cases}}
+    wanted = {n: reference.run(*values) for n, values in specs.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {
+            key: str(Path(folder) / end)
+            for key, end in (("model", "m.onnx"), ("inputs", "q.npz"), ("outputs", "y.npz"))
+        }
+        for case in cases:
+            answers = found.setdefault((case.word, case.form), Answers([], [], {}))
+            spec, q = specs[case.n]
+            form, io = FORMS[case.form]
+            leading = ("rows",) if case.dynamic else (len(q),)
+            onnx.save(to_onnx(spec, case.word, form, leading=leading, io=io, opset=case.opset), paths["model"])
+            np.savez(paths["inputs"], q=q.astype(io or q.dtype))
+            for old in ("outputs", "error"):
+                Path(paths["outputs"] + (".error" if old == "error" else "")).unlink(missing_ok=True)
+            error = consumer.run({**paths, "seconds": SECONDS})
+            if error is not None:
+                answers.refused[case] = shorten(error, folder)
+                continue
+            with np.load(paths["outputs"]) as file:
+                y = file["arr_0"]
+                same = np.array_equal(y, wanted[case.n]) and y.dtype == (io or wanted[case.n].dtype)
+            (answers.exact if same else answers.wrong).append(case)
+    consumer.close()
+    return found
+
+
+def main() -> None:
+    """Print the tables, and write them into docs/targets.md."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=__doc__)
+    parser.add_argument("--environments", type=Path, default=Path(".targets"), help="the consumers' environments")
+    parser.add_argument("--install", action="store_true", help="make the environments that are missing, with pip")
+    parser.add_argument("--only", choices=CONSUMERS, action="append", help="run this consumer; may be repeated")
+    parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    lines = [
+        "## Who takes what",
+        "",
+        "| consumer | form | " + " | ".join(WORDS) + " |",
+        "|---|---|" + "---|" * len(WORDS),
+    ]
+    wrong = 0
+    for name in arguments.only or CONSUMERS:
+        package, title = CONSUMERS[name]
+        python = interpreter(name, arguments.environments, arguments.install)
+        start = time.perf_counter()
+        try:
+            found = run(name, python, CASES)
+        except RuntimeError:
+            lines.append(f"| {title} | | " + " | ".join(["not run"] * len(WORDS)) + " |")
+            continue
+        wrong += sum(len(answers.wrong) for answers in found.values())
+        print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        for index, form in enumerate(FORMS):
+            first = f"{title} {version(python, package)}" if not index else ""
+            lines.append(f"| {first} | {form} | " + " | ".join(str(found[word, form]) for word in WORDS) + " |")
+    facts = environment()
+    versions = ", ".join(f"{package} {number}" for package, number in facts["versions"].items())
+    machine = f"Printed on an {facts['cpu']}, {facts['system']}, {versions}."
+    text = "\n".join([*lines, "", *cost_tables(), "", machine, ""])
+    print(text)
+    if arguments.write:
+        page = PAGE.read_text()
+        PAGE.write_text(page[: page.index(MARK) + len(MARK)] + text)
+
+
+if __name__ == "__main__":
+    main()
