@@ -29,6 +29,7 @@ _FOLDED: dict[str, Callable[..., Array]] = {
     "Max": np.maximum,
     "Gather": np.take,
     "Reshape": lambda values, shape: values.reshape(shape),
+    "Concat": lambda *parts, axis: np.concatenate(parts, axis),
 }
 
 
@@ -55,7 +56,7 @@ class Writer:
         """Append a node and return its output; an operation on constants gives a constant."""
         constants = [operand for operand in operands if not isinstance(operand, ir.Value)]
         if name in _FOLDED and len(constants) == len(operands):
-            return _FOLDED[name](*constants)
+            return _FOLDED[name](*constants, **attributes)
         return self.tape.op(name, [self.value(operand) for operand in operands], attributes)
 
     def cast(self, operand: Operand, dtype: ir.DataType) -> Operand:

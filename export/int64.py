@@ -48,7 +48,9 @@ class Layout:
     ----------
     kind : NormKind
     lane : onnx_ir.DataType
-        Type of the element stage.
+        Type of the element stage up to t.
+    sums : onnx_ir.DataType
+        Type of the second product and its sum.
     codes : onnx_ir.DataType
         Type of the input's integers u and of their sum.
     squares : onnx_ir.DataType
@@ -61,6 +63,7 @@ class Layout:
 
     kind: NormKind
     lane: ir.DataType
+    sums: ir.DataType
     codes: ir.DataType
     squares: ir.DataType
     groups: int
@@ -79,6 +82,7 @@ class Layout:
         return cls(
             kind=spec.kind,
             lane=UINT64 if spec.lane == 64 else UINT32,
+            sums=UINT64 if spec.lane == 64 or spec.accumulator > 32 else UINT32,
             codes=UINT32 if narrow else UINT64,
             squares=squares,
             groups=groups if squares is UINT32 else min(groups, 1),
@@ -133,8 +137,10 @@ class Body:
     def channels(self) -> dict[str, npt.NDArray[Any]]:
         """Return the channel inputs: G and B, and with channel exponents P = 2**e and the weights W of squares."""
         spec = self.spec
-        lane = np.int64 if spec.lane == 64 else np.int32
-        values = {"G": np.array(spec.G, dtype=lane), "B": np.array(spec.B, dtype=lane)}
+        lane = np.int64 if self.layout.sums == UINT64 else np.int32
+        values: dict[str, npt.NDArray[Any]] = {"G": np.array(spec.G, dtype=lane), "B": np.array(spec.B, dtype=lane)}
+        if spec.A:
+            values |= self._outer_epsilon()
         if self.layout.groups:
             exponents = np.array(spec.input.channel_exponents(spec.n), dtype=np.int64)
             values["P"] = np.left_shift(1, exponents).astype(self.layout.codes.numpy())
@@ -143,6 +149,18 @@ class Body:
             weights = np.where(of_group, 4 ** np.maximum(exponents[:, None] - first, 0), 0)
             values["W"] = weights.astype(self.layout.squares.numpy())
         return values
+
+    def _outer_epsilon(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Return what the root of V is divided by, what is added, and the exponent k, by the powers of 4 in V."""
+        spec = self.spec
+        divisors, added, exponents = [], [], []
+        for half_bits in range(self.fours[0], self.fours[1] + 1):
+            j = spec.m - half_bits
+            k = min(j, spec.l)
+            divisors.append(1 << min(j - k, 62))  # r has 31 bits at most
+            added.append(spec.A >> (spec.l - k))
+            exponents.append(k)
+        return {"r_divisor": np.array(divisors), "A": np.array(added), "k": np.array(exponents)}
 
     def write(self, q: Operand, channels: Mapping[str, Operand]) -> Operand:
         """Append the nodes from the rows' input codes to their output codes, and return the latter."""
@@ -153,28 +171,36 @@ class Body:
         u = op("Mul", v, channels["P"]) if self.layout.groups else v  # (0)
         S, Q = self._sums(u, v, channels)
         self.stages |= {"u": u, "Q": Q} if S is Q else {"u": u, "S": S, "Q": Q}
-        R, mean = self._row_stage(S, Q)
+        R, mean = self._row_stage(S, Q, channels)
         u = u if lane == self.layout.codes else w.cast(u, lane)
         # (6) and (7): p, with half of 2^s1 and made positive, from two numbers that may wrap
-        highest = w.constant(31 if lane == UINT32 else 63)
-        offset = op("Add", self._half("s1"), w.power(highest, lane))
+        highest = w.constant(8 * lane.itemsize - 1)
+        offset = op("Add", self._half("s1", lane), w.power(highest, lane))
         if mean is not None:
             offset = op("Sub", offset, mean)
         t = op("BitShift", op("Add", op("Mul", u, R), offset), w.attribute("s1", lane), direction="RIGHT")
         self.stages["t"] = t
-        # (8) and (9): t is 2^(highest-s1) too large; a is made positive in its turn, and then y is too large by `above`
-        above = op("Sub", op("Min", op("Add", w.attribute("s2"), w.constant(31)), highest), w.attribute("s2"))
-        G, B = (w.cast(channels[name], lane) for name in "GB")
-        constant = op("Add", self._half("s2"), w.power(op("Add", above, w.attribute("s2")), lane))
-        constant = op("Sub", constant, op("Mul", w.power(op("Sub", highest, w.attribute("s1")), lane), G))
+        t_above = op("Sub", highest, w.attribute("s1"))
+        return self._output(t, t_above, channels)
+
+    def _output(self, t: Operand, t_above: Operand, channels: Mapping[str, Operand]) -> Operand:
+        """(8) and (9), of a t that is 2**t_above too large."""
+        w, op, sums = self.writer, self.writer.op, self.layout.sums
+        t = t if sums == self.layout.lane else w.cast(t, sums)
+        # a is made positive in its turn, and then y is too large by 2**above
+        highest = 8 * int(sums.itemsize) - 1
+        above = op("Min", w.constant(31), op("Sub", w.constant(highest), w.attribute("s2")))
+        G, B = (w.cast(channels[name], sums) for name in "GB")
+        constant = op("Add", self._half("s2", sums), w.power(op("Add", above, w.attribute("s2")), sums))
+        constant = op("Sub", constant, op("Mul", w.power(t_above, sums), G))
         a = op("Add", op("Mul", t, G), op("Add", B, constant))
-        y = op("BitShift", a, w.attribute("s2", lane), direction="RIGHT")
-        y = y if lane == UINT32 else w.cast(y, UINT32)
+        y = op("BitShift", a, w.attribute("s2", sums), direction="RIGHT")
+        y = y if sums == UINT32 else w.cast(y, UINT32)
         ends = (op("Add", w.attribute(name), w.power(above)) for name in ("y_low", "y_high"))
         y = op("Clip", y, *(w.scalar(w.cast(end, UINT32)) for end in ends))
-        if min(31, (63 if lane == UINT64 else 31) - self.spec.s2) < 8 * self.output.itemsize:
+        if min(31, highest - self.spec.s2) < 8 * self.output.itemsize:
             y = op("Sub", w.cast(y, INT32), w.power(above, INT32))
-        # else 2^above is a multiple of what the type holds: the low bits are the code
+        # else 2**above is a multiple of what the type holds: the low bits are the code
         return w.cast(y, self.output)
 
     def _centre(self, v: Operand) -> Operand:
@@ -182,10 +208,10 @@ class Body:
         known = isinstance(zero, np.ndarray) and not zero.any()
         return v if known else self.writer.op("Sub", v, zero)
 
-    def _half(self, shift: str) -> Operand:
+    def _half(self, shift: str, dtype: ir.DataType) -> Operand:
         """Return half of what a shift takes for one."""
         w = self.writer
-        return w.power(w.op("Sub", w.attribute(shift), w.constant(1)), self.layout.lane)
+        return w.power(w.op("Sub", w.attribute(shift), w.constant(1)), dtype)
 
     def _sums(self, u: Operand, v: Operand, channels: Mapping[str, Operand]) -> tuple[Operand, Operand]:
         """(1) and (2) in int64."""
@@ -201,7 +227,7 @@ class Body:
         S = w.cast(S, INT32) if layout.codes == UINT32 else S  # as a signed number
         return w.cast(S, INT64), Q
 
-    def _row_stage(self, S: Operand, Q: Operand) -> tuple[Operand, Operand | None]:
+    def _row_stage(self, S: Operand, Q: Operand, tables: Mapping[str, Operand]) -> tuple[Operand, Operand | None]:
         """(3) to (5): R, and c*R + D where there is a mean, in the type of the elements."""
         w, op, lane = self.writer, self.writer.op, self.layout.lane
         n = w.attribute("n")
@@ -210,7 +236,7 @@ class Body:
         if centred:
             V0 = op("Sub", V0, op("Mul", S, S))
         V = op("Add", op("Mul", V0, w.power(op("Add", w.attribute("h"), w.attribute("h")))), w.attribute("E"))
-        r, R = self.reciprocal_root(V)
+        r, R = self.reciprocal_root(V, tables)
         R = op("Mul", R, w.cast(op("Greater", V0, w.constant(0)), INT64))
         self.stages |= {"V": V, "r": r, "R": R}
         if not centred:
@@ -228,24 +254,31 @@ class Body:
         R, c, D = (w.cast(value, lane) for value in (R, c, D))
         return R, op("Add", op("Mul", c, R), D)
 
-    def reciprocal_root(self, V: Operand) -> tuple[Operand, Operand]:
+    def reciprocal_root(self, V: Operand, tables: Mapping[str, Operand]) -> tuple[Operand, Operand]:
         """(4) for V > 0: r and R; for V = 0 they are of no meaning, but no operator fails."""
         w, op = self.writer, self.writer.op
         # ceil(b/2) is the number of powers of 4 that V reaches; what depends on it alone is looked up
         first, last = self.fours
         reached = w.cast(op("GreaterOrEqual", V, 4 ** np.arange(first, last)[None]), INT64)
-        half_bits = op("MatMul", reached, np.ones((last - first, 1), dtype=np.int64))
+        index = op("MatMul", reached, np.ones((last - first, 1), dtype=np.int64))
         j = op("Sub", w.attribute("m"), np.arange(first, last + 1))
-        r = self._root(V, half_bits, j)
+        r = self._root(V, index, j)
+        if self.spec.A:
+            r = op("Add", op("Div", r, self._look_up(tables["r_divisor"], index)), self._look_up(tables["A"], index))
+            # a root of m+1 bits is halved, and the second half of the tables has the exponents that go with it
+            over = w.cast(op("GreaterOrEqual", r, w.power(w.attribute("m"))), INT64)
+            r = op("Div", r, op("Add", over, w.constant(1)))
+            index = op("Add", index, op("Mul", over, w.constant(last - first + 1)))
+            j = op("Concat", tables["k"], op("Sub", tables["k"], np.ones(1, dtype=np.int64)), axis=0)
         x = op("Add", op("Add", j, w.attribute("K")), w.attribute("h"))
         y = None
-        if self.layout.lane == UINT64:
+        if self.spec.lane == 64:
             shortened = op("Min", x, w.attribute("cut"))
             x, y = shortened, w.power(op("Sub", x, shortened))
         numerators = op("Mul", w.attribute("n"), w.power(x))
-        R = op("Div", op("Add", self._look_up(numerators, half_bits), op("Div", r, w.constant(2))), r)
+        R = op("Div", op("Add", self._look_up(numerators, index), op("Div", r, w.constant(2))), r)
         if y is not None:
-            R = op("Mul", R, self._look_up(y, half_bits))
+            R = op("Mul", R, self._look_up(y, index))
         return r, R
 
     def _root(self, V: Operand, half_bits: Operand, j: Operand) -> Operand:

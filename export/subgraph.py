@@ -91,9 +91,8 @@ def append(
         If the word doesn't hold the spec, or the opset doesn't have its operators.
     """
     unsupported = {
-        "eps outside the root": spec.A,
+        f"eps outside the root in the word {word}": spec.A and word is not Word.INT64,
         f"a residual add, channel scales or accumulators in the word {word}": spec.adder and word is not Word.INT64,
-        "an accumulator beyond its lane": spec.lane < 64 and spec.accumulator > 32,
         "axes that are not the last of an unknown number of dimensions": rank is None and not _last(spec),
     }  # fmt: skip
     for what, applies in unsupported.items():
@@ -129,7 +128,7 @@ def append(
     channels = body.channels()
     if form is Form.INLINE:
         y = _write(body, q, channels, flatten)
-        return y, {}, _values(body.stages)
+        return y, {}, _values(body.stages, q)
     function = _function(body, word, flatten, opset)
     inputs = [
         tape.initializer(ir.tensor(value), name=f"{name}/{key}" if name else key) for key, value in channels.items()
@@ -171,7 +170,7 @@ def _function(body: int64.Body | narrow.Body, word: Word, flatten: bool, opset: 
     inputs = {name: ir.Value(name=name) for name in ("q", *body.channels())}
     output = _write(body, inputs["q"], inputs, flatten)
     output.name = "y"
-    for letter, value in _values(body.stages).items():
+    for letter, value in _values(body.stages, inputs["q"]).items():
         value.name = letter
     writer, kind = body.writer, "LayerNorm" if body.spec.kind is NormKind.LAYERNORM else "RMSNorm"
     graph = ir.Graph(list(inputs.values()), [output], nodes=writer.tape.nodes, opset_imports={"": opset}, name="norm")
@@ -190,5 +189,6 @@ def _write(body: int64.Body | narrow.Body, q: ir.Value, channels: Mapping[str, O
     return writer.value(writer.op("Reshape", y, writer.op("Shape", q), allowzero=1))
 
 
-def _values(stages: Mapping[str, Operand]) -> dict[str, ir.Value]:
-    return {letter: value for letter, value in stages.items() if isinstance(value, ir.Value)}
+def _values(stages: Mapping[str, Operand], q: ir.Value) -> dict[str, ir.Value]:
+    """Return the stages that nodes compute."""
+    return {letter: value for letter, value in stages.items() if isinstance(value, ir.Value) and value is not q}

@@ -27,6 +27,8 @@ def models(word: str) -> list[onnx.ModelProto]:
                 layer_of(kind, 64), params_of("int8", exponents=exponents_of(64, 2)), params_of("int16"), lane=lane
             )
             built.append(to_onnx(spec, form=form))
+        outside = fxp.LayerNorm(64, eps_outside=True)
+        built.append(to_onnx(fxp.plan(outside, params_of("int8"), params_of("int8")), form="function"))
     else:
         for kind, n, output, exponents in (
             (NormKind.LAYERNORM, 120, "int16", None), (NormKind.RMSNORM, 64, "int8", None),

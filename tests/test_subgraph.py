@@ -75,6 +75,55 @@ def test_several_axes_and_leading_dimensions(run: Run, form: str) -> None:
     np.testing.assert_array_equal(y, reference.run(spec, q))
 
 
+#: n, types, lane and limits of specs that are not the plain ones, and eps, which is large against some rows' deviation
+ODD = [
+    {"eps": 0.05, "eps_outside": True},
+    {"eps": 1e-9, "eps_outside": True},
+    {"eps": 30.0, "eps_outside": True, "input": "int16", "output": "int16"},
+    {"eps": 1e-3, "eps_outside": True, "kind": NormKind.RMSNORM},
+    {"hardware": "mac16x16-40"},
+    {"hardware": fxp.Hardware(accumulator=60, lanes=(24,)), "output": "int16"},
+    {"output": "uint4"},
+    {"input": "int12", "output": "uint12"},
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@CONSUMERS
+@FORMS
+def test_specs_that_are_not_plain(run: Run, form: str, odd: dict[str, Any]) -> None:
+    kind, n = odd.get("kind", NormKind.LAYERNORM), 96
+    layer = layer_of(kind, n, eps=odd.get("eps", 1e-5))
+    layer.eps_outside = "eps_outside" in odd
+    spec = fxp.plan(
+        layer, params_of(odd.get("input", "int8")), params_of(odd.get("output", "int8")), hardware=odd.get("hardware")
+    )
+    q = np.concatenate([adversarial(spec.input, n), noise(spec.input, n, 4)])
+    (y,) = run(to_onnx(spec, form=form), {"q": q})
+    np.testing.assert_array_equal(y, reference.run(spec, q))
+
+
+@FORMS
+@pytest.mark.parametrize("word", ["int64", "int24", "float24"])
+def test_axes_that_are_not_the_last(word: str, form: str) -> None:
+    layer = fxp.LayerNorm((3, 8), axes=(-4, -2))
+    spec = fxp.plan(layer, params_of("int8"), params_of("int8"), hardware="carried24")
+    q = noise(spec.input, 24, 10).reshape(2, 3, 5, 8, 1)
+    (y,) = run_onnxruntime(to_onnx(spec, word, form, leading=("batch", "x", 1)), {"q": q})
+    np.testing.assert_array_equal(y, reference.run(spec, q))
+
+
+@FORMS
+@pytest.mark.parametrize("word", ["int64", "int24", "float24"])
+@pytest.mark.parametrize("output", ["int8", "uint8", "int16"])
+def test_codes_in_int32(word: str, form: str, output: str) -> None:
+    spec = fxp.plan(layer_of(NormKind.LAYERNORM, 64), params_of("int8"), params_of(output), hardware="carried24")
+    q = noise(spec.input, 64, 10)
+    (y,) = run_onnxruntime(to_onnx(spec, word, form, io="int32", opset=13), {"q": q.astype(np.int32)})
+    assert y.dtype == np.int32
+    np.testing.assert_array_equal(y, reference.run(spec, q))
+
+
 @FORMS
 @pytest.mark.parametrize("leading", [(0,), (2, 0), ()])
 @pytest.mark.parametrize("shape", [(24,), (4, 6)])
@@ -126,7 +175,7 @@ def test_root_and_reciprocal_at_every_boundary(run: Run, lane: int) -> None:
     body = int64.Body(spec, Writer(tape, subgraph.attributes(spec), inline=True), ir.DataType.INT8)
     body.fours = 0, 31  # these V are not those of the spec's codes
     V = ir.Value(name="V", shape=ir.Shape(["rows", 1]), type=ir.TensorType(ir.DataType.INT64))
-    r, R = map(body.writer.value, body.reciprocal_root(V))
+    r, R = map(body.writer.value, body.reciprocal_root(V, {}))
     r.name, R.name = "r", "R"
     for value in (r, R):
         value.type = ir.TensorType(ir.DataType.INT64)
@@ -146,7 +195,10 @@ def test_word_that_cannot_hold_the_spec_is_refused() -> None:
         to_onnx(dataclasses.replace(spec, m=12))
 
 
-@pytest.mark.parametrize(("option", "match"), [({"word": "int25"}, "int64"), ({"form": "nodes"}, "function, inline")])
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [({"word": "int25"}, "int64"), ({"form": "nodes"}, "function, inline"), ({"io": "int8"}, "it can be int32")],
+)
 def test_unknown_word_or_form(option: dict[str, str], match: str) -> None:
     spec = spec_of(NormKind.LAYERNORM, 8, "int8", "int8", 0, 24)
     with pytest.raises(ModelError, match=match):
