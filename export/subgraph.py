@@ -6,12 +6,10 @@ channel inputs. The inline form is the same body with all of them written out.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from enum import StrEnum
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
@@ -93,23 +91,11 @@ def append(
     unsupported = {
         f"eps outside the root in the word {word}": spec.A and word is not Word.INT64,
         f"a residual add, channel scales or accumulators in the word {word}": spec.adder and word is not Word.INT64,
-        "axes that are not the last of an unknown number of dimensions": rank is None and not _last(spec),
+        "axes that are not the last": spec.axes != tuple(range(-len(spec.axes), 0)),
     }  # fmt: skip
     for what, applies in unsupported.items():
         if applies:
             raise ModelError(f"the subgraph can't be written for {what} yet")
-    if rank is not None and not _last(spec):
-        normalized = [axis + rank for axis in spec.axes]
-        order = [*(axis for axis in range(rank) if axis not in normalized), *normalized]
-        operands = [_transpose(tape, value, order) for value in (q, residual) if value is not None]
-        y, functions, stages = append(
-            tape, _with_last_axes(spec), operands[0], rank=rank, form=form, word=word, name=name, opset=opset,
-            residual=operands[1] if residual is not None else None, output=output,
-        )  # fmt: skip
-        back = np.argsort(order).tolist()
-        if "w" in stages:
-            stages["w"] = _transpose(tape, stages["w"], back)
-        return _transpose(tape, y, back), functions, stages
     if spec.adder is not None:
         u, w = input_stage.append(tape, spec, [q] if residual is None else [q, residual])
         y, functions, stages = append(
@@ -135,20 +121,6 @@ def append(
     ]
     y = tape.op(function.name, [q, *inputs], writer.attributes, domain=DOMAIN, name=name or None)
     return y, {function.name: function}, {}
-
-
-def _last(spec: LayerNormSpec) -> bool:
-    return spec.axes == tuple(range(-len(spec.axes), 0))
-
-
-def _with_last_axes(spec: LayerNormSpec) -> LayerNormSpec:
-    return dataclasses.replace(spec, axes=tuple(range(-len(spec.axes), 0)))
-
-
-def _transpose(tape: Tape, value: ir.Value, order: list[int]) -> ir.Value:
-    moved = tape.op("Transpose", [value], {"perm": order})
-    moved.type = value.type
-    return moved
 
 
 def attributes(spec: LayerNormSpec) -> dict[str, int | float]:
