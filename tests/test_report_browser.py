@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from onnx_models import feeds, model_with_norms
 
-from fxp_layernorm.analysis import ModelAnalysis, analyze_model
+import fxp_layernorm as fxp
+from fxp_layernorm.analysis import ModelAnalysis, analyze_model, formats
 from fxp_layernorm.calibration import calibrate_model
 from fxp_layernorm.runtime import Feeds
 
@@ -118,6 +120,19 @@ def test_tables_sort(browser: Any, report: Path, analysis: ModelAnalysis) -> Non
     assert not complaints(browser)
 
 
+def test_the_sweep(browser: Any, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((50, 16))
+    path = tmp_path / "sweep.html"
+    found = fxp.sweep(fxp.LayerNorm(16), rows, formats(["int4", "int8"], methods=["minmax", "mse"], exponents=[0]))
+    found.to_html(path)
+    opened(browser, path)
+    assert column(browser, 0) == [point.format.input.value for point in found.points]
+    browser.find_elements("css selector", "table.sortable th button")[0].click()
+    assert column(browser, 0) == ["int4", "int4", "int8", "int8"]
+    assert browser.find_element("css selector", "figure svg").is_displayed()
+    assert not complaints(browser)
+
+
 def test_links_open_the_norm(browser: Any, report: Path, analysis: ModelAnalysis) -> None:
     opened(browser, report)
     last = analysis.harm[-1].norm
@@ -180,7 +195,10 @@ def test_printing_opens_every_part(browser: Any, report: Path) -> None:
 
 
 def test_a_hundred_norms_load_within_two_seconds(browser: Any, report: Path, tmp_path: Path) -> None:
-    """The fastest of three loads; the page is that of three norms, whose parts are repeated as those of a hundred."""
+    """In time that the page's thread computes, so that a busy machine makes no difference.
+
+    The page is that of three norms, whose parts are repeated as those of a hundred.
+    """
     text = report.read_text(encoding="utf-8")
     head, *parts = re.split(r'(?=<details class="norm")', text)
     parts[-1], tail = parts[-1].split('<h2 id="definitions">')
@@ -188,10 +206,11 @@ def test_a_hundred_norms_load_within_two_seconds(browser: Any, report: Path, tmp
     page = tmp_path / "many.html"
     page.write_text(head + "".join(many) + '<h2 id="definitions">' + tail, encoding="utf-8")
     assert page.stat().st_size < 10e6
-    times = []
-    for _ in range(3):
-        opened(browser, page)
-        times.append(browser.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd"))
-        assert len(browser.find_elements("css selector", "details.norm")) == 100
-    assert min(times) < 2000
+    browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    opened(browser, page)
+    assert len(browser.find_elements("css selector", "details.norm")) == 100
+    metrics = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    seconds = {entry["name"]: entry["value"] for entry in metrics}["TaskDuration"]
+    browser.execute_cdp_cmd("Performance.disable", {})
+    assert 0 < seconds < 2
     assert not complaints(browser)

@@ -152,6 +152,14 @@ def test_one_norm_of_a_model() -> None:
         fxp.sweep(model, data, FEW, norm="norm7")
 
 
+def test_axes_that_are_not_the_last() -> None:
+    layer, x = fxp.LayerNorm(8, axes=-2), np.random.default_rng(0).standard_normal((30, 8, 5))
+    (point,) = fxp.sweep(layer, x, FEW[-1:]).points
+    spec = fxp.calibrate(layer, x, "int16", "int16", method="mse", exponents=3)
+    error = fxp.FxpLayerNorm(spec).forward(x) - layer(x)
+    assert point.sqnr_db == pytest.approx(10 * np.log10(np.square(layer(x)).sum() / np.square(error).sum()))
+
+
 def test_what_cannot_be_had_is_told(of_layer: Sweep) -> None:
     """A channel 2^15 times the others brings sums of squares beyond 62 bits."""
     rows = real_rows()
