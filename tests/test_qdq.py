@@ -365,6 +365,9 @@ def test_command_line_without_parameters_or_data(quantized: Path) -> None:
     verified = json.loads(run("verify", quantized, out, "--data", data, "--json").stdout)
     assert verified["exact"]
     assert [norm["mismatches"] for norm in verified["norms"]] == [0, 0, 0]
+    run("export", quantized, "-o", out, "--word", "int24")
+    assert json.loads(run("verify", quantized, out, "--data", data, "--json").stdout)["exact"]
+    run("export", quantized, "-o", out)
     assert "3 norms calibrated" in run("calibrate", quantized, "-o", params).stderr
     run("verify", quantized, out, params, "--data", data)
     plain = folder / "float.onnx"

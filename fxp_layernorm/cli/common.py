@@ -100,12 +100,14 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.3g}/s" if task.speed else "")
 
 
-def parameters(model: Path, params: Path | None) -> ModelParams:
-    """Return the parameters in a file, or without one those that a quantized model holds itself."""
+def parameters(model: Path, params: Path | None, word: str) -> ModelParams:
+    """Return the parameters in a file, or without one those that a quantized model holds itself, planned for a word."""
     from ..calibration import quantized_norms
     from ..params import ModelParams
 
-    return quantized_norms(model).params if params is None else ModelParams.load(params)
+    if params is not None:
+        return ModelParams.load(params)
+    return quantized_norms(model, hardware=None if word == "int64" else "carried24").params
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Group:

@@ -50,7 +50,7 @@ def export(model: Path, params: Path | None, out: Path, form: str, word: str, op
     from ..export import export_model
 
     output = common.Output(as_json)
-    loaded = common.parameters(model, params)
+    loaded = common.parameters(model, params, word)
     done = export_model(model, loaded, out, form=form, word=word, opset=opset)
     before, after = (sum(1 for _ in graph.all_nodes()) for graph in (ir.load(model).graph, done.model.graph))
     replaced = [norm.name for norm in done.norms]

@@ -48,13 +48,15 @@ def verify(
     """
     import onnx
 
+    from ..export import exported_norms, load_model
     from ..export import probe as probe_of
     from ..export import verify as run
     from ..files import atomic_path
     from ..runtime import Feeds
 
     output = common.Output(as_json)
-    feeds, loaded = Feeds(data), common.parameters(model, params)
+    word = "" if params is not None else next((norm.word for norm in exported_norms(load_model(out))), "int64")
+    feeds, loaded = Feeds(data), common.parameters(model, params, word)
     with output.progress("Verifying", len(feeds)) as advance:
         computed = None if results is None else Feeds(results)
         result = run(model, out, loaded, feeds, results=computed, advance=advance)
