@@ -6,6 +6,7 @@ from the spec and run by ONNX's reference operators, so that it doesn't matter i
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,8 @@ def first_difference(
 
 def expected_stages(spec: LayerNormSpec, word: Word | str, codes: Sequence[Array]) -> dict[str, Array]:
     """Return every stage of rows of codes, and the output codes as `y`, by ONNX's reference operators."""
-    proto = to_onnx(spec, word=word)
+    last = tuple(range(-len(spec.axes), 0))  # rows have the normalized dimensions last
+    proto = to_onnx(dataclasses.replace(spec, axes=last), word=word)
     named = {output for node in proto.graph.node for output in node.output if LETTER.fullmatch(output)} - {"y"}
     proto.graph.output.extend(onnx.helper.make_value_info(name, onnx.TypeProto()) for name in sorted(named))
     shape = (-1, *spec.normalized_shape)

@@ -24,6 +24,10 @@ def with_stages(model: ir.Model, places: list[ExportedNorm]) -> tuple[ir.Model, 
     names: list[dict[str, str]] = []
     for place in places:
         node = values[place.codes_out].producer() if place.codes_out in values else None
+        if (
+            node is not None and node.op_type == "Transpose" and node.inputs[0] is not None
+        ):  # of other axes than the last
+            node = node.inputs[0].producer()
         function = None if node is None else model.functions.get(node.op_identifier())
         if function is None:
             names.append({letter: name for letter, name in place.stages.items() if name in values})

@@ -41,6 +41,7 @@ class Block:
         self.norm = [helper.make_node("LayerNormalization", ["x", "gamma", "beta"], ["h"], name="norm")]
         self.after = [helper.make_node("QuantizeLinear", ["h", "s_out", "z_out"], ["y"], name="quantize")]
         self.outputs = {"y": TensorProto.INT8}
+        self.shape: list[str | int] = ["rows", N]
 
     def model(self) -> onnx.ModelProto:
         before = helper.make_node(
@@ -51,8 +52,8 @@ class Block:
         graph = helper.make_graph(
             nodes,
             "block",
-            [helper.make_tensor_value_info("q", helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype)), ["rows", N])],
-            [helper.make_tensor_value_info(name, kind, ["rows", N]) for name, kind in self.outputs.items()],
+            [helper.make_tensor_value_info("q", helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype)), self.shape)],
+            [helper.make_tensor_value_info(name, kind, self.shape) for name, kind in self.outputs.items()],
             [numpy_helper.from_array(np.asarray(v), k) for k, v in self.initializers.items() if k in read],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=10)
@@ -60,8 +61,9 @@ class Block:
         return model
 
     def codes(self, rows: int = 40) -> npt.NDArray[Any]:
-        ends = np.iinfo(self.dtype)
-        return np.random.default_rng(3).integers(ends.min, ends.max, (rows, N), endpoint=True).astype(self.dtype)
+        ends, sizes = np.iinfo(self.dtype), [size for size in self.shape if isinstance(size, int)]
+        codes = np.random.default_rng(3).integers(ends.min, ends.max, (rows, *sizes), endpoint=True)
+        return codes.astype(self.dtype)
 
 
 def border(model: onnx.ModelProto) -> export.Border | None:
@@ -234,9 +236,9 @@ def test_powers_of_two_a_channel(axis: int) -> None:
     check(block)
 
 
-def decompose(block: Block) -> None:
+def decompose(block: Block, axis: int = -1) -> None:
     """Spell the block's norm out in elementary operators."""
-    block.initializers |= {"axes": np.array([-1]), "eps": np.float32(1e-5), "two": np.float32(2)}
+    block.initializers |= {"axes": np.array([axis]), "eps": np.float32(1e-5), "two": np.float32(2)}
     steps = [
         ("ReduceMean", "x axes", "mean"), ("Sub", "x mean", "d"), ("Pow", "d two", "square"),
         ("ReduceMean", "square axes", "var"), ("Add", "var eps", "v"), ("Sqrt", "v", "root"), ("Div", "d root", "n"),
@@ -249,6 +251,25 @@ def test_a_decomposed_norm() -> None:
     block = Block(opset=18)
     decompose(block)
     assert not {"QuantizeLinear", "DequantizeLinear", "Sqrt"} & set(operators(check(block)))
+
+
+@pytest.mark.parametrize("form", ["inline", "function"])
+def test_axes_that_are_not_the_last(form: str) -> None:
+    block = Block()
+    block.shape = ["rows", N, 5]
+    decompose(block, axis=1)
+    for name in ("gamma", "beta"):
+        block.initializers[name] = block.initializers[name].reshape(N, 1)
+    exported = check(block, form)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(operators(exported))
+    probe, feed = export.probe(exported), {"q": block.codes()}
+    params = quantized_norms(block.model()).params
+    results = dict(zip([value.name for value in probe.graph.output], run_onnxruntime(probe, feed), strict=True))
+    name = next(name for name in results if name.endswith("/R"))
+    results[name], results["y"] = results[name] + 1, results["y"] ^ 1
+    found = export.verify(block.model(), exported, params, Feeds(feed), results=Feeds(results)).norms[0].stage
+    assert found is not None
+    assert found.stage == "R"
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
