@@ -215,7 +215,7 @@ class FxpLayerNorm:
         step = max(1, COPY_ELEMENTS // self._n)
         for start in range(0, len(inputs[0]), step):
             codes = [rows[start : start + step] for rows in inputs]
-            u = np.empty(codes[0].shape, dtype=np.int32)
+            u = np.empty((len(codes[0]), self._n), dtype=np.int32)
             kernels.add(codes[0], codes[1] if len(codes) > 1 else None, u, *self._adder[0])
             if len(outputs) > 1:
                 kernels.sum_codes(u, outputs[1][start : start + step], *self._adder[1])

@@ -264,9 +264,12 @@ def run_columns(q, out, left, right, exponents, G, B, constants, accumulator, ou
 
 @_jit()
 def add(q, residual, out, M, N, zero_points, shift):  # type: ignore[no-untyped-def]
-    """Compute the integers u of two operands, or of one where `residual` is None (equation 0), in the type of M."""
+    """Compute the integers u of two operands, or of one where `residual` is None (equation 0), in the type of M.
+
+    The operands' rows may be longer than those of `out`, as in `run`.
+    """
     _widest_vectors()  # type: ignore[call-arg]
-    rows, n = q.shape
+    rows, n = out.shape
     wide = M.dtype.type
     first, second = wide(zero_points[0]), wide(zero_points[1])
     half, shift = wide((np.int64(1) << shift) >> 1), wide(shift)
