@@ -85,20 +85,21 @@ class Histogram(Observer):
 
 def _coarser(counts: Counts, doublings: npt.NDArray[Any]) -> Counts:
     """Return counts with each channel's bins made wider by a power of two."""
-    if not doublings.any():
+    changed = np.flatnonzero(doublings)
+    if not len(changed) or not counts.any():
         return counts
     half = counts.shape[1] // 2
     result = counts.copy()
-    for doubling in np.unique(doublings[doublings > 0]).tolist():
-        chosen = doublings == doubling
+    for doubling in np.unique(doublings[changed]).tolist():
+        chosen = changed[doublings[changed] == doubling]
         together = 1 << min(doubling, half.bit_length() - 1)
-        above = counts[chosen, half:].reshape(-1, half // together, together).sum(axis=2)
-        below = counts[chosen, half:0:-1].copy()  # bins 0, -1, -2, ...
+        left = half // together
+        above = counts[chosen, half:].reshape(-1, left, together).sum(axis=2)
+        below = counts[chosen, half:0:-1]  # bins 0, -1, -2, ...
         below[:, 0] = 0
-        below = below.reshape(-1, half // together, together).sum(axis=2)
+        below = below.reshape(-1, left, together).sum(axis=2)
         above[:, 0] += below[:, 0]
-        folded = np.zeros((len(above), 2 * half), dtype=np.int64)
-        folded[:, half : half + half // together] = above
-        folded[:, half - np.arange(1, half // together)] = below[:, 1:]
-        result[chosen] = folded
+        result[chosen] = 0
+        result[chosen, half : half + left] = above
+        result[chosen, half - left + 1 : half] = below[:, :0:-1]
     return result
