@@ -54,14 +54,11 @@ class NormCalibration:
         def input_cost(params: QuantParams) -> float:
             return _power(self._normalized(params.dequantize(params.quantize(rows))) - expected)
 
-        def output_cost(params: QuantParams) -> float:
-            return _power(params.dequantize(params.quantize(expected)) - expected)
-
         smallest = search.smallest_input_scale(layer.n, layer.eps)
         sample = search.Sample(rows, self._input_weights(rows), input_cost)
         input = search.choose(seen.input, options.input, sample, smallest)
         smallest = search.smallest_output_scale(layer.n, layer.gamma, layer.beta)
-        sample = search.Sample(expected, np.ones((1, 1)), output_cost)
+        sample = search.Sample(expected, np.ones((1, 1)))
         output = search.choose(seen.output, options.output, sample, smallest)
         return plan(layer, input, output, lane=options.lane, hardware=options.hardware)
 

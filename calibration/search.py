@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import DataError
 from ..quantization import LARGEST_SCALE, SMALLEST_SCALE, QuantParams
@@ -38,19 +40,36 @@ class Sample:
     ----------
     values : ndarray of shape (rows, n)
     weights : ndarray of shape (rows, n) or (1, 1)
-        What a small squared error of each value costs.
-    cost : callable
-        What parameters really cost, all their errors together.
+        What a squared error of each value costs, while it is small.
+    joint_cost : callable, optional
+        What parameters cost with all their errors together, where that is not their sum.
     """
 
     values: Floats
     weights: Floats
-    cost: Error
+    joint_cost: Error | None = None
+
+    def cost(self, params: QuantParams) -> float:
+        """Return what parameters cost."""
+        return self.joint_cost(params) if self.joint_cost else float(self.channel_cost(params).sum())
 
     def channel_cost(self, params: QuantParams) -> Floats:
-        """Return what parameters cost in each channel, by the weights."""
-        errors = params.dequantize(params.quantize(self.values)) - self.values
-        return np.asarray((self.weights * np.square(errors)).sum(axis=0))
+        """Return what parameters cost in each channel by the weights, up to a common factor."""
+        unit, values, weights = self._relative
+        steps = (params.channel_steps(values.shape[1]) / unit).astype(np.float32)
+        errors = np.rint(values / steps)
+        np.clip(errors, params.lo - params.zero_point, params.hi - params.zero_point, out=errors)
+        errors *= steps
+        errors -= values
+        np.square(errors, out=errors)
+        errors *= weights
+        return np.asarray(errors.sum(axis=0, dtype=np.float64))
+
+    @cached_property
+    def _relative(self) -> tuple[float, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """The largest magnitude, and values and weights relative to their largest, so that no square overflows."""
+        unit, heaviest = float(np.abs(self.values).max()) or 1.0, float(self.weights.max()) or 1.0
+        return unit, (self.values / unit).astype(np.float32), (self.weights / heaviest).astype(np.float32)
 
 
 def choose(seen: TensorObserver, side: SideOptions, sample: Sample, smallest_scale: float = 0.0) -> QuantParams:
@@ -83,9 +102,8 @@ def _clipped(params: QuantParams, sample: Sample) -> QuantParams:
     """Return parameters whose exponents are smaller by up to `_CLIPS` where that costs a channel less."""
     exponents = np.array(params.channel_exponents(sample.values.shape[1]))
     tried = [np.maximum(exponents - clip, 0) for clip in range(_CLIPS + 1)]
-    options = [QuantParams(params.dtype, params.scale, params.zero_point, each) for each in tried]
-    best = np.argmin([sample.channel_cost(option) for option in options], axis=0)
-    return QuantParams(params.dtype, params.scale, params.zero_point, np.choose(best, tried))
+    costs = [sample.channel_cost(QuantParams(params.dtype, params.scale, params.zero_point, each)) for each in tried]
+    return QuantParams(params.dtype, params.scale, params.zero_point, np.choose(np.argmin(costs, axis=0), tried))
 
 
 def _least_by_channel(tried: Iterable[QuantParams], sample: Sample) -> QuantParams:
