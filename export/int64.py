@@ -77,7 +77,9 @@ class Layout:
         exponents, zero_point = spec.input.channel_exponents(spec.n), _zero_point(spec)
         groups = max(exponents) // _GROUP + 1 if spec.input.exponents is not None else 0
         largest = max(spec.input.hi - zero_point, zero_point - spec.input.lo)
-        narrow = spec.lane < 64 and (spec.n * largest) << max(exponents) < 1 << 31
+        if zero_point == spec.input.zero_point and not groups:  # the codes' bounds may be narrower than their type's
+            largest = min(largest, spec.row_stage.codes.largest)
+        narrow = spec.lane < 64 and largest < 1 << 16 and (spec.n * largest) << max(exponents) < 1 << 31
         squares = UINT32 if narrow and (spec.n * largest**2) << (6 if groups else 0) < 1 << 32 else UINT64
         return cls(
             kind=spec.kind,

@@ -88,14 +88,8 @@ def append(
     ModelError
         If the word doesn't hold the spec, or the opset doesn't have its operators.
     """
-    unsupported = {
-        f"eps outside the root in the word {word}": spec.A and word is not Word.INT64,
-        f"a residual add, channel scales or accumulators in the word {word}": spec.adder and word is not Word.INT64,
-        "axes that are not the last": spec.axes != tuple(range(-len(spec.axes), 0)),
-    }  # fmt: skip
-    for what, applies in unsupported.items():
-        if applies:
-            raise ModelError(f"the subgraph can't be written for {what} yet")
+    if word is not Word.INT64:
+        narrow.check(spec, word)
     if spec.adder is not None:
         u, w = input_stage.append(tape, spec, [q] if residual is None else [q, residual])
         y, functions, stages = append(
