@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import N, run_onnxruntime
 
 import fxp_layernorm as fxp
 from fxp_layernorm import FxpLayerNorm, ModelError, NormKind, QuantParams, export, reference
+from fxp_layernorm.analysis import Stage
 from fxp_layernorm.calibration import calibrate_model, quantized_norms
+from fxp_layernorm.cli import main
 from fxp_layernorm.runtime import Feeds
 
 Array = npt.NDArray[Any]
@@ -79,6 +84,36 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
 
 def borders(model: onnx.ModelProto) -> list[export.Border | None]:
     return [export.find_border(norm) for norm in export.find_norms(export.load_model(model))]
+
+
+def test_norms_with_residuals_are_analyzed() -> None:
+    """The rows are those of both operands, and what the model has for their scales is no matter of advice."""
+    block = Residual()
+    model, feed = block.model(), block.feed()
+    params = quantized_norms(model).params
+    analysis = fxp.analysis.analyze_model(model, params, Feeds(feed))
+    first = analysis.norms[0]
+    spec = params.norms[0].spec
+    assert spec.residual is not None
+    alone = fxp.analyze(spec, spec.input.dequantize(feed["qa"]), spec.residual.dequantize(feed["qb"]), name="norm0")
+    assert first == dataclasses.replace(alone, suggestions=())
+    assert first.attribution.term(Stage.INPUT).power_lsb2 == 0  # they are codes already
+    assert first.attribution.term(Stage.SUM).power_lsb2 != 0
+    assert not analysis.suggestions
+    with pytest.raises(ModelError, match="no residual add before it"):
+        fxp.analysis.models._operands(params.norms[0], None)
+
+
+def test_a_quantized_model_is_reported_without_parameters(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra [report]")
+    block = Residual()
+    onnx.save(block.model(), tmp_path / "q.onnx")
+    np.savez(tmp_path / "feed.npz", **block.feed())  # type: ignore[arg-type]
+    page = tmp_path / "r.html"
+    arguments = ["report", str(tmp_path / "q.onnx"), "--data", str(tmp_path / "feed.npz"), "-o", str(page)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert '<th scope="row">residual</th>' in page.read_text(encoding="utf-8")
 
 
 @FORMS

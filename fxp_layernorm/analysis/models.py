@@ -10,10 +10,10 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..errors import DataError, FxpError
-from ..export import OutputCheck, load_model, replace_norms
+from ..errors import DataError, FxpError, ModelError
+from ..export import Border, OutputCheck, find_border, find_norms, load_model, replace_norms
 from ..export.loading import Model
-from ..params import ModelParams
+from ..params import ModelParams, NormParams
 from ..runtime import Feed, Feeds, Session
 from . import advice
 from .advice import Command
@@ -72,14 +72,20 @@ def analyze_model(
     everything = replace_norms(loaded, params).model  # refuses parameters of another model before anything runs
     command = Command(model_name, calibration_name or data_name, params_name)
     analyzers = [NormAnalyzer(norm.spec, norm.name, command) for norm in params.norms]
-    session = Session(loaded, {norm.input: norm.spec.normalized_shape for norm in params.norms})
+    found = {norm.name: find_border(norm) for norm in find_norms(loaded)}
+    borders = [found[norm.name] for norm in params.norms]
+    operands = [_operands(norm, border) for norm, border in zip(params.norms, borders, strict=True)]
+    shapes = {
+        name: norm.spec.normalized_shape for norm, names in zip(params.norms, operands, strict=True) for name in names
+    }
+    session = Session(loaded, shapes)
     held: list[_Held] = []
     count = size = 0
     for feed in feeds:
         values = session.run(feed)
-        for norm, analyzer in zip(params.norms, analyzers, strict=True):
+        for norm, analyzer, names in zip(params.norms, analyzers, operands, strict=True):
             try:
-                analyzer.update(values[norm.input])
+                analyzer.update(*(values[name] for name in names))
             except FxpError as error:
                 raise DataError(f"feed {count}, norm {norm.name!r}: {error}") from error
         outputs = {name: values[name] for name in session.outputs}
@@ -98,10 +104,23 @@ def analyze_model(
     advance()
     harm.sort(key=lambda entry: entry.worst.severity)
     norms = tuple(analyzer.result() for analyzer in analyzers)
+    norms = tuple(  # calibration leaves norms between quantizers as the model has them
+        norm if border is None or not border.fits(analyzer.spec) else replace(norm, suggestions=())
+        for norm, border, analyzer in zip(norms, borders, analyzers, strict=True)
+    )
     return ModelAnalysis(
         model=model_name, data=data_name, feeds=count, harm_feeds=len(held), harm=tuple(harm), together=together,
         suggestions=_suggestions(harm, norms), norms=norms,
     )  # fmt: skip
+
+
+def _operands(norm: NormParams, border: Border | None) -> list[str]:
+    """Return the names of what a norm reads, or of what is added before it where the add is part of it."""
+    if norm.spec.residual is None:
+        return [norm.input]
+    if border is None or border.add is None:
+        raise ModelError(f"the norm {norm.name!r} has no residual add before it that its parameters could be for")
+    return [value.name or "" for value in border.dequantized]
 
 
 def _harm(norm: str | None, model: ir.Model, held: list[_Held]) -> Harm:

@@ -17,36 +17,37 @@ if TYPE_CHECKING:
 
 @click.command()
 @common.model_argument
-@common.params_argument
+@common.optional_params_argument
 @common.data_option
 @click.option("-o", "--out", type=common.PATH, required=True, help="The report to write (.html).")
 @common.json_option
-def report(model: Path, params: Path, data: str, out: Path, as_json: bool) -> None:
+def report(model: Path, params: Path | None, data: str, out: Path, as_json: bool) -> None:
     """Analyze the error of every norm in PARAMS on MODEL's real activations, and what each does to MODEL's outputs.
 
     Writes one HTML file that needs no network; beside it, with the suffixes .json and .npz, the same data and the worst
     rows. Needs the extra: pip install 'fxp-layernorm[report]'. MODEL runs once over the data, and once more with each
-    norm replaced by itself.
+    norm replaced by itself. Without PARAMS the norms are those that stand between quantizers, with the model's own.
 
     \b
-    Example:
+    Examples:
       fxp-layernorm report model.onnx params.json --data feeds/ -o report.html
+      fxp-layernorm report quantized.onnx --data feeds/ -o report.html
     """
     from ..analysis import analyze_model
     from ..analysis.html import require
-    from ..params import ModelParams
     from ..runtime import Feeds
 
     require()
     if out.suffix in (".json", ".npz"):
         raise InputError(f"{out} would be the name of what is written beside the report; name it {out.stem}.html")
     output = common.Output(as_json)
-    feeds, loaded = Feeds(data), ModelParams.load(params)
+    feeds, loaded = Feeds(data), common.parameters(model, params, "int64")
     steps = len(feeds) + len(loaded.norms) + 1 if len(feeds) else 0
     with output.progress("Analyzing", steps) as advance:
         analysis = analyze_model(
-            model, loaded, feeds, model_name=str(model), data_name=data, params_name=str(params), advance=advance
-        )
+            model, loaded, feeds, model_name=str(model), data_name=data, params_name=str(params or "PARAMS.json"),
+            advance=advance,
+        )  # fmt: skip
     analysis.to_html(out)
     beside = out.with_suffix(".json")
     analysis.to_json(beside)
