@@ -167,7 +167,7 @@ class _Problem:
             if K is None:
                 continue
             t_max = RowStage(codes, lane, m, K, outside).t_max(K - F)
-            s2 = _output_shift(t_max, F, gain_float, offset_float, output, hardware.multiplier, accumulator)
+            s2 = _output_shift(t_max, F, gain_float, offset_float, output, hardware, accumulator)
             if s2 < 1:
                 continue
             # What t and G lose at a typical normalized value, 1, in LSB. The F with the smallest bound instead would be
@@ -242,19 +242,20 @@ def _norm_bits(codes: CodeBounds, lane: int, m: int, F: int, outside: bool) -> i
 
 
 def _output_shift(
-    t_max: int, F: int, gain: proof.Floats, offset: proof.Floats, output: QuantParams, multiplier: tuple[int, int],
+    t_max: int, F: int, gain: proof.Floats, offset: proof.Floats, output: QuantParams, hardware: Hardware,
     accumulator: int,
 ) -> int:  # fmt: skip
     """Return the largest s2 with which (8) and (9) keep their width, less than 1 where there is none."""
     with np.errstate(over="ignore"):
         largest = float(np.max(t_max * 2.0**-F * np.abs(gain) + np.abs(offset))) + 0.5
     # t takes the narrower factor that holds it, and G the other one
+    multiplier = hardware.multiplier
     fitting = [other for factor, other in (sorted(multiplier), sorted(multiplier)[::-1]) if t_max < 1 << (factor - 1)]
     if not (largest < 2.0**31 and fitting):
         return 0
-    # G and B may each be half a unit above their real values
+    # G and B may each be half of their unit above their real values
     codes = output.hi - output.lo + 1.0
-    room = (2.0 ** (accumulator - 1) - t_max / 2 - 1) / (max(largest, codes) * proof.UP)
+    room = (2.0 ** (accumulator - 1) - t_max / 2 - 2.0**hardware.offset) / (max(largest, codes) * proof.UP)
     # factors have 32 bits at most in lane 64 too: their product is then one instruction on most machines
     room = min(room, (2.0 ** (fitting[0] - 1) - 1) * 2.0**F / max(float(np.max(np.abs(gain))) * proof.UP, 2.0**-62))
     return math.frexp(room)[1] - 1 if room > 0 else 0

@@ -47,6 +47,7 @@ def hardware(draw: st.DrawFn) -> Hardware | str | None:
         multiplier=(draw(st.integers(10, 32)), draw(st.integers(10, 32))),
         accumulator=draw(st.none() | st.integers(20, 64)),
         lanes=tuple(draw(st.lists(st.sampled_from(LANES), min_size=1, unique=True))),
+        offset=draw(st.sampled_from([0, 0, 7, 16])),
         root=draw(st.none() | st.integers(8, 31)),
         radicand=draw(st.integers(36, 62)),
     )

@@ -23,6 +23,7 @@ def keeps(spec: LayerNormSpec, limits: Hardware) -> None:
     narrow, wide = sorted(limits.multiplier)
     assert (t_bits <= narrow and G_bits <= wide) or (t_bits <= wide and G_bits <= narrow)
     assert spec.accumulator <= (limits.accumulator or 63)
+    assert all(B % 2**limits.offset == 0 for B in spec.B)
     assert spec.lane in limits.lanes
     assert spec.m == (limits.root or {24: 18, 32: 24, 64: 31}[spec.lane])
     assert (spec.row_stage.codes.v0_max << 2 * spec.h) + spec.E < 1 << limits.radicand
@@ -67,6 +68,14 @@ def test_a_wider_multiplier_or_accumulator_costs_no_accuracy() -> None:
         assert found[0] > 4 * found[-1]
     excess = [plan(layer, qi, qo, hardware=Hardware(root=bits)).excess for bits in (8, 12, 18)]
     assert excess == sorted(excess, reverse=True)
+
+
+def test_a_coarse_offset_leaves_room_for_its_rounding() -> None:
+    """By up to 2**11 units of an accumulator of 2**17, which tips the balance for one of these output scales."""
+    layer, limits = LayerNorm(16), Hardware(accumulator=18, offset=12, lanes=(24,))
+    layer.bias = np.full(16, 3.0)
+    for scale in np.geomspace(0.004, 0.02, 400):
+        keeps(plan(layer, params_of("int8"), QuantParams("int8", float(scale)), hardware=limits), limits)
 
 
 @pytest.mark.parametrize(
