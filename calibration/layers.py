@@ -17,9 +17,9 @@ from ..planner import plan
 from ..quantization import DType, QuantParams
 from ..spec import LayerNormSpec
 from . import search
-from .norms import NormObserver, shaped
+from .norms import NormObserver, TensorObserver, shaped
 from .observers import Floats, Rows
-from .options import CalibrationOptions, OptionKeywords
+from .options import CalibrationOptions, OptionKeywords, SideOptions
 
 
 class NormCalibration:
@@ -57,10 +57,53 @@ class NormCalibration:
         smallest = search.smallest_input_scale(layer.n, layer.eps)
         sample = search.Sample(rows, self._input_weights(rows), input_cost)
         input = search.choose(seen.input, options.input, sample, smallest)
+        return plan(layer, input, self._output(options, expected), lane=options.lane, hardware=options.hardware)
+
+    def _output(self, options: CalibrationOptions, expected: Floats) -> QuantParams:
+        """Return the output's parameters; `expected` is a sample of the outputs."""
+        layer = self.layer
         smallest = search.smallest_output_scale(layer.n, layer.gamma, layer.beta)
-        sample = search.Sample(expected, np.ones((1, 1)))
-        output = search.choose(seen.output, options.output, sample, smallest)
-        return plan(layer, input, output, lane=options.lane, hardware=options.hardware)
+        return search.choose(self.observer.output, options.output, search.Sample(expected, np.ones((1, 1))), smallest)
+
+    def spec_with_residual(
+        self, options: CalibrationOptions, addends: NormObserver, *, with_sum: bool
+    ) -> LayerNormSpec:
+        """Return the spec that adds a residual before it normalizes.
+
+        Both addends get codes by the options of the input. `addends` has seen them as its input and output, in the same
+        feeds as this norm's own observer their sum.
+
+        Parameters
+        ----------
+        options : CalibrationOptions
+        addends : NormObserver
+        with_sum : bool
+            Whether the sum is an output too, as 16-bit codes of one scale.
+        """
+        seen, layer = self.observer, self.layer
+        if not (seen.rows and addends.rows):
+            raise DataError("there is no row to calibrate with")
+        _, own, other = np.intersect1d(seen.sample.ids, addends.sample.ids, return_indices=True)
+        total, first = (o.sample.rows()[at].astype(np.float64) for o, at in ((seen, own), (addends, other)))
+        expected, weights = self._normalized(total), self._input_weights(total)
+        smallest = search.smallest_input_scale(layer.n, layer.eps)
+
+        def choose(values: Floats, observer: TensorObserver) -> QuantParams:
+            def cost(params: QuantParams) -> float:
+                off = params.dequantize(params.quantize(values)) - values
+                return _power(self._normalized(total + off) - expected)
+
+            return search.choose(observer, options.input, search.Sample(values, weights, cost), smallest)
+
+        input, residual = choose(first, addends.input), choose(total - first, addends.output)
+        sum_output = None
+        if with_sum:
+            side = SideOptions(DType.INT16, symmetric=True)
+            sum_output = search.choose(seen.input, side, search.Sample(total, weights))
+        return plan(
+            layer, input, self._output(options, expected), residual=residual, sum_output=sum_output, lane=options.lane,
+            hardware=options.hardware,
+        )  # fmt: skip
 
     def _input_weights(self, rows: Floats) -> Floats:
         """Return what a small squared error of each input value adds to that of the norm's outputs.

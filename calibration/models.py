@@ -12,6 +12,7 @@ from ..errors import DataError, FxpError, ModelError
 from ..export.loading import Model, load_model
 from ..export.norms import Norm, find_norms
 from ..export.qdq import find_border
+from ..export.residual import find_residual
 from ..params import CalibrationWarning, ModelParams, NormParams
 from ..quantization import DType
 from ..runtime import FeedHash, Feeds
@@ -31,6 +32,9 @@ class ModelCalibration:
     Parameters
     ----------
     model : path or onnx.ModelProto
+    fuse_residual : bool
+        Whether a norm takes the codes of both addends where it follows the sum of two tensors: the sum then has 16 bits
+        and is no tensor of the model. Where more than the norm reads it, it is an output of the norm besides.
 
     Attributes
     ----------
@@ -44,7 +48,7 @@ class ModelCalibration:
         If the model can't be read, or has no norm that can be replaced.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, fuse_residual: bool = False) -> None:
         loaded = load_model(model)
         self.model_sha256 = model_sha256(model, loaded)
         found = find_norms(loaded)
@@ -59,8 +63,20 @@ class ModelCalibration:
             for norm in self.norms
             if norm.layer is not None
         )
-        self._job = Job(loaded, self._observed)
-        self._seen = ModelObserver(self._observed)
+        self._adds = {
+            norm.name: add
+            for norm in self.norms
+            if fuse_residual and norm.name not in self._borders and (add := find_residual(norm)) is not None
+        }
+        addends = tuple(
+            ObservedNorm(
+                _addends(norm.name), norm.layer, *(value.name or "" for value in self._adds[norm.name].addends)
+            )
+            for norm in self._observed
+            if norm.name in self._adds
+        )
+        self._job = Job(loaded, self._observed + addends)
+        self._seen = ModelObserver(self._observed + addends)
 
     @property
     def feeds(self) -> int:
@@ -135,7 +151,10 @@ class ModelCalibration:
             calibration = self.calibration(norm.name)
             seen, border = calibration.observer, self._borders.get(norm.name)
             try:
-                if border is None:
+                if norm.name in self._adds:
+                    addends, shared = self._seen.norms[_addends(norm.name)], self._adds[norm.name].shared
+                    spec = calibration.spec_with_residual(options, addends, with_sum=shared)
+                elif border is None:
                     spec = calibration.spec(options)
                 else:
                     spec = border.plan(norm.layer, options.lane, options.hardware)
@@ -160,11 +179,18 @@ class ModelCalibration:
         )
 
 
+def _addends(norm: str) -> str:
+    """Return the name under which the addends before a norm are observed."""
+    return f"{norm}/addends"
+
+
 def calibrate_model(
     model: Model,
     feeds: Feeds,
     input: DType | str = "int8",
     output: DType | str = "int8",
+    *,
+    fuse_residual: bool = False,
     **options: Unpack[OptionKeywords],
 ) -> ModelParams:
     """Return the integer form of every norm of a model, for scales found on real data; see `calibrate`.
@@ -172,6 +198,6 @@ def calibrate_model(
     Unlike there, rows that hold NaN or infinite values are left out; the result's ``warnings`` tell of them.
     """
     chosen = CalibrationOptions.of(input, output, **options)
-    calibration = ModelCalibration(model)
+    calibration = ModelCalibration(model, fuse_residual=fuse_residual)
     calibration.observe(feeds)
     return calibration.params(chosen)

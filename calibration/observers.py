@@ -181,6 +181,11 @@ class RowSample(Observer):
         """Take in what another sample of the same capacity has seen."""
         self._take(other._rows, other._ids)
 
+    @property
+    def ids(self) -> npt.NDArray[np.uint64]:
+        """The numbers of the rows kept, ascending."""
+        return self._ids
+
     def rows(self) -> Rows:
         """Return the rows kept, in the order of their numbers, as an array of shape (rows, n)."""
         return self._rows

@@ -41,6 +41,14 @@ def adds(node: ir.Node) -> bool:
     return node.domain == _RUNTIME
 
 
+def is_skip(node: ir.Node) -> bool:
+    """Tell whether a node adds up two tensors and nothing else before it normalizes."""
+    if node.domain != _RUNTIME or not node.op_type.startswith("Skip") or kind(node) is None:
+        return False
+    place = _PLACES[node.op_type][2]
+    return place is None or _input(node, place) is None
+
+
 def value(node: ir.Node) -> ir.Value | None:
     """Return what a norm normalizes: its input, or the sum that it shows."""
     if adds(node):

@@ -25,6 +25,7 @@ from .loading import Model, load_model, restore
 from .names import unique_name
 from .norms import Norm, find_norms
 from .qdq import find_border, input_value
+from .residual import find_residual
 from .subgraph import Form, Word
 
 #: The opset of a norm that is exported by itself; in a model, the layout's `opset` is the lowest.
@@ -266,37 +267,55 @@ def _replace(
     old = norm.nodes[-1].outputs[0]
     x, border = input_value(norm), find_border(norm)
     border = border if border is not None and border.fits(spec) else None
+    add = find_residual(norm) if spec.residual is not None and border is None else None
+    if add is not None:
+        x = add.addends[0]
+    elif spec.residual is not None and border is None:
+        raise ModelError(f"the parameters of the norm {norm.name!r} add a residual; the model has none before it")
     unused = [value for node in norm.nodes for value in node.inputs if value is not None and value is not x]
     tape = Tape()
     functions, stages = dict[str, ir.Function](), dict[str, ir.Value]()
     nodes: tuple[ir.Node, ...] = norm.nodes
-    place = norm.nodes[-1]
+    place, residual = norm.nodes[-1], None
     if form is Form.QDQ and border:
         if border.add is not None:
             raise ModelError(f"the norm {norm.name!r} is between quantizers already, with the residual add before it")
         codes_in, codes_out = border.codes, border.quantizers[0].outputs[0]
         results = {old: floating.norm(tape, spec, x, opset)}
     elif form is Form.QDQ:
+        if spec.residual is not None:
+            raise ModelError(f"the parameters of the norm {norm.name!r} add a residual, which the form qdq can't")
         codes_in, codes_out, y = floating.quantizers(tape, spec, x, opset, old.dtype)
         results = {old: y}
     else:
-        codes_in = border.codes if border else _quantize(tape, x, spec, opset)
+        residual = None if border is None else border.residual_codes
+        codes_in = border.codes if border else _quantize(tape, x, spec, spec.input, opset)
+        if add is not None and spec.residual is not None:
+            residual = _quantize(tape, add.addends[1], spec, spec.residual, opset)
         codes_out, functions, stages = _append(
             tape, spec, codes_in, rank=len(x.shape) if x.shape is not None else None, form=form, word=word,
-            name=norm.name, opset=opset, residual=border.residual_codes if border else None,
+            name=norm.name, opset=opset, residual=residual,
         )  # fmt: skip
         if border:
             results = border.results(tape, codes_out, stages.get("w"))
             nodes, place = (*norm.nodes, *border.nodes), border.place(norm)
             unused += border.unused
         else:
-            results = {old: _dequantize(tape, codes_out, spec, opset, old.dtype)}
+            results = {old: _dequantize(tape, codes_out, spec, spec.output, opset, old.dtype)}
+        if add is not None:
+            place = add.node
+            nodes = nodes if add.shared and spec.sum_output is None else (*nodes, add.node)
+            if spec.sum_output is not None:
+                results[add.total] = _dequantize(tape, stages["w"], spec, spec.sum_output, opset, add.total.dtype)
     codes_sum = stages.pop("w", None)
     roles = {codes_in: "codes_in", codes_out: "codes_out", **{value: letter for letter, value in stages.items()}}
     if codes_sum is not None:
         roles[codes_sum] = "codes_sum"
+    if residual is not None:
+        roles[residual] = "codes_residual"
     _name(tape, norm.name, taken, roles)
-    for value, params in ((codes_in, spec.input), (codes_out, spec.output), (codes_sum, spec.sum_output)):
+    codes = {codes_in: spec.input, codes_out: spec.output, residual: spec.residual, codes_sum: spec.sum_output}
+    for value, params in codes.items():
         if value is not None and params is not None:
             value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(params.dtype.numpy)), x.shape
     for value in tape.initializers:
@@ -307,7 +326,7 @@ def _replace(
         name=norm.name, input=None if border else x.name, codes_in=codes_in.name or "",
         codes_out=codes_out.name or "", output=None if border else results[old].name,
         stages={letter: value.name or "" for letter, value in stages.items()},
-        residual=border.residual_codes.name if border and border.residual_codes is not None else None,
+        residual=None if residual is None else residual.name,
         codes_sum=None if codes_sum is None else codes_sum.name,
     )  # fmt: skip
     return exported, functions
@@ -376,9 +395,9 @@ def _shape(spec: LayerNormSpec, leading: Sequence[str | int]) -> list[str | int]
     return [sizes[axis] if axis in sizes else next(others) for axis in range(-rank, 0)]
 
 
-def _quantize(tape: Tape, x: ir.Value, spec: LayerNormSpec, opset: int) -> ir.Value:
+def _quantize(tape: Tape, x: ir.Value, spec: LayerNormSpec, params: QuantParams, opset: int) -> ir.Value:
     """Append ``clamp(round(x / 2**e / scale) + zero_point)``, as `QuantParams.quantize` computes it in float32."""
-    op, params = tape.op, spec.input
+    op = tape.op
     if x.dtype != ir.DataType.FLOAT:
         x = op("Cast", [x], {"to": ir.DataType.FLOAT})
     if params.exponents is not None:
@@ -394,9 +413,11 @@ def _quantize(tape: Tape, x: ir.Value, spec: LayerNormSpec, opset: int) -> ir.Va
     return op("Cast", [op("Clip", [x, low, high])], {"to": ir.DataType.from_numpy(dtype)})
 
 
-def _dequantize(tape: Tape, q: ir.Value, spec: LayerNormSpec, opset: int, dtype: ir.DataType | None) -> ir.Value:
+def _dequantize(
+    tape: Tape, q: ir.Value, spec: LayerNormSpec, params: QuantParams, opset: int, dtype: ir.DataType | None
+) -> ir.Value:
     """Append ``(q - zero_point) * scale * 2**f``, as `QuantParams.dequantize` computes it, in the old output's type."""
-    op, params = tape.op, spec.output
+    op = tape.op
     scale = constant(tape, _shared_scale(params))
     # the first opset whose DequantizeLinear has the type, and for 8 bits the first that ONNX's own reference runs
     if opset >= (19 if params.dtype.numpy.itemsize == 1 else 21):

@@ -127,7 +127,7 @@ def find_border(norm: Norm) -> Border | None:
     inside = all(value is not None and value.graph is graph for value in (codes, residual_codes))
     if source is None or codes is None or residual is None or not inside or add.graph is not graph:
         return None
-    if x.is_graph_output() or not all(_same_shape(value, x) for value in operands):
+    if x.is_graph_output() or not all(same_shape(value, x) for value in operands):
         return None
     sum_quantizers, sum_output = _quantizers(x, norm.nodes, norm, rank)
     if sum_quantizers is None or (sum_output is not None and sum_output.channel_scales is not None):
@@ -164,7 +164,7 @@ def _quantizers(
     return (nodes, found[0]) if found[0] is not None and all(other == found[0] for other in found) else (None, None)
 
 
-def _same_shape(value: ir.Value, other: ir.Value) -> bool:
+def same_shape(value: ir.Value, other: ir.Value) -> bool:
     """Whether two values surely have the same shape, so that their sum needs no broadcasting."""
     if value.shape is None or other.shape is None or len(value.shape) != len(other.shape):
         return False

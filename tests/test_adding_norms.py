@@ -46,7 +46,7 @@ def skip_model(operator: str, inputs: list[str], outputs: list[str], *, skip_sha
     float_ = TensorProto.FLOAT
     found: dict[str, Any] = {"y": (float_, SHAPE)}
     node = helper.make_node(operator, inputs, outputs, name="norm", epsilon=1e-5)
-    found.update({name: (float_, None) for name in outputs[1:] if name})
+    found.update({name: (float_, SHAPE if name == "total" else None) for name in outputs[1:] if name})
     return model_of(node, {"x": (float_, SHAPE), "skip": (float_, skip_shape or SHAPE)}, found, **more)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..errors import DataError, FxpError, ModelError
-from ..export import Border, OutputCheck, find_border, find_norms, load_model, replace_norms
+from ..errors import DataError, FxpError
+from ..export import Norm, OutputCheck, find_border, find_norms, load_model, replace_norms
 from ..export.loading import Model
+from ..export.residual import find_residual
 from ..params import ModelParams, NormParams
 from ..runtime import Feed, Feeds, Session
 from . import advice
@@ -72,9 +73,9 @@ def analyze_model(
     everything = replace_norms(loaded, params).model  # refuses parameters of another model before anything runs
     command = Command(model_name, calibration_name or data_name, params_name)
     analyzers = [NormAnalyzer(norm.spec, norm.name, command) for norm in params.norms]
-    found = {norm.name: find_border(norm) for norm in find_norms(loaded)}
-    borders = [found[norm.name] for norm in params.norms]
-    operands = [_operands(norm, border) for norm, border in zip(params.norms, borders, strict=True)]
+    found = {norm.name: norm for norm in find_norms(loaded)}
+    borders = [find_border(found[norm.name]) for norm in params.norms]
+    operands = [_operands(norm, found[norm.name]) for norm in params.norms]
     shapes = {
         name: norm.spec.normalized_shape for norm, names in zip(params.norms, operands, strict=True) for name in names
     }
@@ -114,13 +115,10 @@ def analyze_model(
     )  # fmt: skip
 
 
-def _operands(norm: NormParams, border: Border | None) -> list[str]:
+def _operands(entry: NormParams, norm: Norm) -> list[str]:
     """Return the names of what a norm reads, or of what is added before it where the add is part of it."""
-    if norm.spec.residual is None:
-        return [norm.input]
-    if border is None or border.add is None:
-        raise ModelError(f"the norm {norm.name!r} has no residual add before it that its parameters could be for")
-    return [value.name or "" for value in border.dequantized]
+    add = None if entry.spec.residual is None else find_residual(norm)
+    return [entry.input] if add is None else [value.name or "" for value in add.addends]
 
 
 def _harm(norm: str | None, model: ir.Model, held: list[_Held]) -> Harm:

@@ -53,6 +53,10 @@ _TYPES = click.Choice([dtype.value for dtype in DType])
     help="Whether the zero point is the middle of the codes. [default: symmetric with exponents, asymmetric without]",
 )  # fmt: skip
 @click.option(
+    "--fuse-residual", is_flag=True,
+    help="Where a norm follows the sum of two tensors, let it take the codes of both and add them itself.",
+)  # fmt: skip
+@click.option(
     "--lane", type=click.Choice(["24", "32", "64"]),
     help="Bits of the element stage's integers. [default: the narrowest with a small proved error]",
 )  # fmt: skip
@@ -80,7 +84,7 @@ _TYPES = click.Choice([dtype.value for dtype in DType])
 @common.json_option
 def calibrate(
     model: Path, data: str | None, out: Path, input_type: str, output_type: str, lane: str | None, state: Path | None,
-    engine: str, scheduler: str | None, as_json: bool, **chosen: Any,
+    engine: str, scheduler: str | None, fuse_residual: bool, as_json: bool, **chosen: Any,
 ) -> None:  # fmt: skip
     """Run MODEL on real data, observe each of its norms, and write their integer parameters.
 
@@ -107,7 +111,7 @@ def calibrate(
         params, skipped, source = found.params, found.skipped, "with the model's own parameters"
     else:
         feeds = Feeds(data)
-        calibration = ModelCalibration(model)
+        calibration = ModelCalibration(model, fuse_residual=fuse_residual)
         with output.progress("Calibrating", len(feeds)) as advance:
             calibration.observe(feeds, advance, engine=parse_engine(engine, scheduler), state=state)
         params = calibration.params(options)
