@@ -171,8 +171,6 @@ def _decomposed(region: Decomposed, name: str, *, inside: bool) -> Norm:
         blocker = f"its inner value {region.used_elsewhere!r} is used elsewhere"
     elif not region.shape:
         blocker = "the size of the normalized dimensions is not known"
-    elif region.eps_outside:
-        blocker = "its eps is added to the deviation, for which there is no subgraph yet"
     elif not last and inside:
         blocker = f"its axes {', '.join(map(str, region.axes))} are not the last, and it is in a body"
     layer = None

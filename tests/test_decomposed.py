@@ -230,9 +230,13 @@ def test_eps_outside_the_root(variance: str, eps: str) -> None:
     model = model_of(CENTRED + OUTER.replace("VARIANCE", text).replace("EPS", eps))
     (norm,) = find(model)
     root = math.sqrt(N / (N - 1)) if unbiased else 1.0
-    assert (norm.kind, norm.eps_outside, norm.output) == ("layernorm", True, "o")
+    assert (norm.kind, norm.eps_outside, norm.output, norm.blocker) == ("layernorm", True, "o", None)
     assert norm.epsilon == float(CONSTANTS[eps]) / root
-    assert "no subgraph yet" in str(norm.blocker)
+    assert norm.layer is not None
+    assert norm.layer.eps_outside
+    np.testing.assert_array_equal(norm.layer.gamma, CONSTANTS["gamma"].astype(np.float64) / root)
+    np.testing.assert_array_equal(norm.layer.beta, CONSTANTS["beta"])
+    assert_replaced(model, data_of(2, 5, N))
 
 
 @pytest.mark.parametrize("variance", ["sum", "factor", "torch"])
@@ -248,8 +252,10 @@ def test_variance_of_n_less_1(variance: str) -> None:
 
 
 def test_rmsnorm_with_eps_outside() -> None:
-    (norm,) = find(model_of("s = Mul(h, h) v = MEAN(s) r = Sqrt(v) a = Add(r, eps) u = Div(h, a) o = Mul(u, gamma)"))
+    model = model_of("s = Mul(h, h) v = MEAN(s) r = Sqrt(v) a = Add(r, eps) u = Div(h, a) o = Mul(u, gamma)")
+    (norm,) = find(model)
     assert (norm.kind, norm.eps_outside, norm.epsilon, norm.output) == ("rmsnorm", True, EPS, "o")
+    assert_replaced(model, data_of(2, 5, N))
 
 
 @pytest.mark.parametrize("opset", [13, 18])
