@@ -163,6 +163,14 @@ def test_codes_in_codes_out(dtype: str, form: str) -> None:
         assert len(exported.graph.node) == 1
 
 
+@pytest.mark.parametrize("form", ["inline", "function"])
+def test_accumulators_of_32_bits(form: str) -> None:
+    """As an integer matmul before the norm leaves them."""
+    block = Block(1e-9, "int32")
+    block.initializers["z_in"] = np.int32(0)
+    assert operators(check(block, form))["DequantizeLinear"] == 0
+
+
 def test_parameters_are_the_models_own() -> None:
     found = border(Block().model())
     assert found is not None
