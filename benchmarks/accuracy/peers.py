@@ -198,7 +198,10 @@ PEERS = (
         "I-ViT", "codes shifted by what suits the rows best within its 16 bits; its sums may exceed 32 bits; no eps",
         functools.partial(_best_shifted, _i_vit, 16),
     ),
-    Peer("FQ-ViT", "statistics in float64; no eps; 8 bits only", _fq_vit, (8,)),
+    Peer(
+        "FQ-ViT", "statistics in float64; its channel factors, a matter of the input's codes, are 1; no eps; 8 bits "
+        "only", _fq_vit, (8,),
+    ),
     Peer(
         "TFLite LSTM", "codes shifted by what suits the rows best within its 16 bits; gains of 16 bits; the scale of "
         "its output is that of the common grid instead of 2^-12; no eps", functools.partial(_best_shifted, _tflite, 16),
