@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from naive import hold
-from rows import params_of
+from rows import noise, params_of
 
-from fxp_layernorm import FxpLayerNorm, InputError, LayerNorm, NormKind, RMSNorm, plan
+from fxp_layernorm import FxpLayerNorm, InputError, LayerNorm, NormKind, PlanError, RMSNorm, plan
 
 GOLDEN_INPUT = np.array(
     [
@@ -241,3 +241,36 @@ def test_from_torch_refuses_modules_of_another_kind() -> None:
     for module in (torch.nn.RMSNorm(4), torch.nn.Linear(4, 4), torch.nn.GroupNorm(2, 4)):
         with pytest.raises(InputError, match=r"LayerNorm\.from_torch takes a torch\.nn\.LayerNorm"):
             LayerNorm.from_torch(module)
+
+
+@pytest.mark.parametrize("make", [LayerNorm, RMSNorm])
+def test_eps_outside_the_root_is_added_to_the_deviation(make: Callable[..., Any]) -> None:
+    x = np.random.default_rng(0).standard_normal((5, 6))
+    centred = x - x.mean(axis=1, keepdims=True) if make is LayerNorm else x
+    deviation = np.sqrt(np.mean(centred**2, axis=1, keepdims=True))
+    np.testing.assert_allclose(make(6, 0.3, eps_outside=True)(x), centred / (deviation + 0.3), rtol=1e-12)
+
+
+def test_the_unbiased_deviation_is_a_matter_of_weight_and_eps() -> None:
+    """As the class says: networks that divide by torch.std plus eps are norms with eps outside."""
+    x = np.random.default_rng(0).standard_normal((5, 6))
+    factor = math.sqrt(5 / 6)
+    layer = LayerNorm(6, 0.3 * factor, eps_outside=True)
+    layer.weight = np.full(6, factor)
+    expected = (x - x.mean(axis=1, keepdims=True)) / (x.std(axis=1, ddof=1, keepdims=True) + 0.3)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 1.0, 1e4])
+@pytest.mark.parametrize("make", [LayerNorm, RMSNorm])
+def test_eps_outside_through_the_integers(make: Callable[..., Any], eps: float) -> None:
+    """From nothing to far above every deviation."""
+    spec = plan(make(24, eps, eps_outside=True), params_of("int8", 3.0), params_of("int16", 8.0))
+    hold(spec, noise(spec.input, 24, 12))
+
+
+def test_an_eps_outside_that_leaves_nothing_of_any_row_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"n \* eps is 2\^\S+ in units of the input, far above any deviation"):
+        plan(LayerNorm(8, 1e300, eps_outside=True), params_of("int8"), params_of("int8"))
+    with pytest.raises(PlanError, match=r"no bits left .* n \* eps of 2\^\S+ outside the root"):
+        plan(LayerNorm(8, 1e10, eps_outside=True), params_of("int8"), params_of("int8"), lane=24)

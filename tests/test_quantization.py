@@ -187,3 +187,56 @@ def test_exponents_that_are_all_zero_are_one_scale_for_the_tensor() -> None:
     assert params == QuantParams("int8", 0.5)
     assert params.channel_exponents(3) == (0, 0, 0)
     assert QuantParams("int8", 0.5, exponents=[0, 2]).channel_exponents(2) == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", DType)
+def test_a_narrow_range_leaves_the_lowest_code_out(dtype: DType) -> None:
+    whole, narrow = QuantParams(dtype, 0.5, dtype.hi), QuantParams(dtype, 0.5, dtype.hi, narrow_range=True)
+    assert (whole.lo, whole.hi) == (dtype.lo, dtype.hi)
+    assert (narrow.lo, narrow.hi) == (dtype.lo + 1, dtype.hi)
+    assert narrow.quantize([-1e30, 1e30]).tolist() == [dtype.lo + 1, dtype.hi]
+    assert narrow.outside(np.array([dtype.lo, dtype.lo + 1, dtype.hi], dtype=dtype.numpy)) == 1
+    with pytest.raises(InputError, match=f"{dtype} codes go from {dtype.lo + 1} to {dtype.hi}"):
+        QuantParams(dtype, 0.5, dtype.lo, narrow_range=True)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DType if dtype.bits <= 16])
+def test_codes_are_held_in_the_smallest_type_that_has_room(dtype: DType) -> None:
+    limits = np.iinfo(dtype.numpy)
+    assert limits.min <= dtype.lo
+    assert dtype.hi <= limits.max
+    assert dtype.hi - dtype.lo + 1 == 2**dtype.bits
+    assert dtype.numpy.itemsize == (1 if dtype.bits <= 8 else 2)
+
+
+def test_a_scale_a_channel_is_the_tensor_scale_of_each() -> None:
+    scales = (0.5, 0.037, 3e-5)
+    params = QuantParams("int8", 0.5, 3, channel_scales=scales)
+    x = np.random.default_rng(0).standard_normal((20, 3)) * np.array(scales) * 100
+    codes = params.quantize(x)
+    for channel, scale in enumerate(scales):
+        alone = QuantParams("int8", scale, 3)
+        np.testing.assert_array_equal(codes[:, channel], alone.quantize(x[:, channel]))
+        np.testing.assert_array_equal(params.dequantize(codes)[:, channel], alone.dequantize(codes[:, channel]))
+    assert params.channels == 3
+    assert params.channel_steps(3).tolist() == list(scales)
+    with pytest.raises(InputError, match=r"shape \(4,\) can't have 3 scales"):
+        params.quantize(np.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"channel_scales": [0.5, 0.2]}, "the scale must be the largest of them"),
+        ({"channel_scales": []}, "the scale must be the largest of them"),
+        ({"channel_scales": [1.0, 0.5], "exponents": [0, 1]}, "channel scales go without exponents"),
+        ({"channel_scales": [1.0, math.nan]}, "the scale is nan"),
+        ({"channel_scales": [1.0, 0.0]}, r"the scale is 0\.0"),
+        ({"channel_scales": 1.0}, "the channel_scales are 1.0; they must be numbers, one a channel"),
+        ({"channel_scales": "11"}, "the scale is '1'"),
+        ({"narrow_range": 1}, "narrow_range is 1; it must be true or false"),
+    ],
+)
+def test_scales_and_ranges_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        QuantParams("int8", 1.0, **options)

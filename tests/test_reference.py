@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -23,6 +24,13 @@ from fxp_layernorm import (
     reference,
 )
 
+
+def outside(layer: LayerNorm | RMSNorm) -> LayerNorm | RMSNorm:
+    """Take the layer's eps out of the root."""
+    layer.eps_outside = True
+    return layer
+
+
 SPECS: dict[str, Callable[[NormKind, int], LayerNormSpec]] = {
     "8 to 8": lambda kind, lane: plan(layer_of(kind, 31), params_of("int8"), params_of("uint8"), lane=lane),
     "16 to 16": lambda kind, lane: plan(layer_of(kind, 16), params_of("uint16"), params_of("int16"), lane=lane),
@@ -38,6 +46,17 @@ SPECS: dict[str, Callable[[NormKind, int], LayerNormSpec]] = {
         params_of("int8", exponents=exponents_of(20, 2)),
         lane=lane,
     ),
+    "eps outside": lambda kind, lane: plan(
+        outside(layer_of(kind, 18, eps=0.3)), params_of("int8", 1.0), params_of("int16"), lane=lane
+    ),
+    "accumulators": lambda kind, lane: plan(layer_of(kind, 18), params_of("int27"), params_of("int8"), lane=lane),
+    "a scale a channel": lambda kind, lane: plan(
+        layer_of(kind, 18),
+        QuantParams("int8", 1.0, 3, channel_scales=np.geomspace(1.0, 0.01, 18)),
+        params_of("int8"),
+        lane=lane,
+    ),
+    "few bits": lambda kind, lane: plan(layer_of(kind, 18), params_of("int4"), params_of("uint5"), lane=lane),
     "two elements": lambda kind, lane: plan(layer_of(kind, 2), params_of("int8"), params_of("int8"), lane=lane),
     "one element": lambda kind, lane: plan(layer_of(kind, 1), params_of("int8"), params_of("int8"), lane=lane),
     "a scale near nothing": lambda kind, lane: plan(
@@ -76,8 +95,8 @@ def test_the_ideal_is_good_to_ten_roundings(name: str, kind: NormKind) -> None:
 
 def test_the_ideal_is_the_float_layer_of_the_same_values() -> None:
     """An oracle from outside the integers: LayerNorm and RMSNorm in float64, on well-conditioned rows."""
-    for kind in KINDS:
-        layer = layer_of(kind, 64)
+    for kind, change in itertools.product(KINDS, (lambda layer: layer, outside)):
+        layer = change(layer_of(kind, 64, eps=0.01))
         spec = plan(layer, params_of("int16"), params_of("int8"))
         q = typical(spec.input, 64, 20)
         real = (q.astype(np.float64) - spec.input.zero_point) * spec.input.scale
