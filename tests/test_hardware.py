@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,3 +129,16 @@ def test_limits_that_make_no_sense_are_refused(limits: dict[str, Any], words: st
 def test_unknown_hardware_is_refused_with_the_names_there_are(name: Any) -> None:
     with pytest.raises(InputError, match="it must be a Hardware or one of mac16x16-32, mac16x16-40"):
         plan(LayerNorm(8), params_of("int8"), QuantParams("int8", 0.1), hardware=name)
+
+
+def test_the_documented_presets_are_those_there_are() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "arithmetic.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) x (\d+) \| (\d+) \| ([\d, ]+) \|", text, re.M)
+    documented = {
+        name: ((int(t), int(g)), int(bits), tuple(map(int, lanes.split(",")))) for name, t, g, bits, lanes in rows
+    }
+    # the 64th bit of an accumulator is never used
+    expected = {
+        name: (preset.multiplier, min(preset.accumulator or 63, 63), preset.lanes) for name, preset in PRESETS.items()
+    }
+    assert documented == expected
