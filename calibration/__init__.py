@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from .engine import Engine, LocalEngine
 from .layers import NormCalibration, calibrate
 from .models import ModelCalibration, calibrate_model
 from .norms import NormObserver
@@ -13,6 +14,8 @@ from .quantized import QuantizedNorms, quantized_norms
 
 __all__ = [
     "CalibrationOptions",
+    "Engine",
+    "LocalEngine",
     "Method",
     "ModelCalibration",
     "NormCalibration",

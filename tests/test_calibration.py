@@ -189,6 +189,27 @@ def test_every_method_on_skewed_values(method: Method) -> None:
     assert spec.input.zero_point == spec.output.zero_point == 0
 
 
+def test_divergence_is_that_of_the_lost_detail() -> None:
+    """Values spread evenly over all codes lose nothing; the narrower the codes, the more of them is clipped."""
+    values = ((np.arange(256 * 8) + 0.5) / 8 - 128.5)[:, None] / 16
+    assert search.divergence(fxp.QuantParams("int8", 1 / 16), values) == 0
+    clipped = [search.divergence(fxp.QuantParams("int8", 1 / step), values) for step in (20, 32, 1600)]
+    assert 0 < clipped[0] < clipped[1] < clipped[2]
+
+
+def test_channel_costs_are_the_weighted_squares_of_the_errors() -> None:
+    x = samples()
+    weights = np.random.default_rng(0).uniform(size=x.shape)
+    sample = search.Sample(x, weights)
+    for params in search.candidates(SideOptions("int8", exponents=3), x.min(0), x.max(0)):
+        errors = params.dequantize(params.quantize(x)) - x
+        exact = (weights * np.square(errors)).sum(axis=0)
+        costs = sample.channel_cost(params)
+        # float32 values are off by up to 2**-24 of the largest, and so are their errors
+        slack = np.abs(x).max() * 2.0**-22
+        assert (np.abs(np.sqrt(costs / costs.sum() * exact.sum()) - np.sqrt(exact)) <= slack * len(x)).all()
+
+
 def test_model_observes_what_the_arrays_hold() -> None:
     model, data = model_with_norms(), feeds()
     params = calibrate_model(model, Feeds(data))
