@@ -15,7 +15,7 @@ from numba import njit
 from rich.console import Console
 from rich.table import Table
 
-from fxp_layernorm import kernels
+from fxp_layernorm import kernels, vectors
 from fxp_layernorm.benchmark import PAIRINGS, Pairing, environment
 from fxp_layernorm.inference import FxpLayerNorm
 
@@ -28,27 +28,30 @@ _jit = njit(nogil=True, error_model="numpy")
 
 
 @_jit
-def moments_stage(q, S, Q, zero_point, exponents, accumulator, chunk, split):  # type: ignore[no-untyped-def]
+def moments(q, S, Q, exponents, constants, accumulator, in_bytes, in_words):  # type: ignore[no-untyped-def]
     """Run the first pass alone."""
-    kernels._widest_vectors()  # type: ignore[call-arg]
-    for i in range(q.shape[0]):
-        S[i], Q[i] = kernels.moments(q, i, zero_point, exponents, accumulator, chunk, split)
-
-
-@_jit
-def row_stage(S, Q, R, M, n, m, x, h, E, cut):  # type: ignore[no-untyped-def]
-    """Run the row stage alone."""
-    kernels._widest_vectors()  # type: ignore[call-arg]
+    vectors.widest()
+    zero_point, chunk, split, height = constants[0], constants[8], constants[10] != 0, constants[12]
     for i in range(S.size):
-        R[i], M[i] = kernels.row_scale(S[i], n * Q[i] - S[i] * S[i], n, m, x, h, E, cut, True)
+        S[i], Q[i] = kernels.moments(q, i, zero_point, exponents, accumulator, chunk, split, in_bytes, in_words, height)
 
 
 @_jit
-def elements_stage(q, out, zero_point, exponents, G, B, R, M, s1, s2):  # type: ignore[no-untyped-def]
+def row_stage(S, Q, R, M, n, m, x, h, E, cut, outer):  # type: ignore[no-untyped-def]
+    """Run the row stage alone."""
+    vectors.widest()
+    for i in range(S.size):
+        R[i], M[i] = kernels.row_scale(S[i], n * Q[i] - S[i] * S[i], n, m, x, h, E, cut, True, outer)
+
+
+@_jit
+def elements(q, out, exponents, G, B, R, M, constants, ends, words, longs):  # type: ignore[no-untyped-def]
     """Run the second pass alone."""
-    kernels._widest_vectors()  # type: ignore[call-arg]
-    for i in range(q.shape[0]):
-        kernels.elements(q, out, i, 0, q.shape[1], zero_point, exponents, G, B, R[i], M[i], s1, s2)
+    vectors.widest()
+    for start in range(0, R.size, 64):
+        rows = slice(start, min(start + 64, R.size))
+        count = rows.stop - start
+        kernels.second_pass(q, out, start, count, exponents, G, B, R[rows], M[rows], constants, ends, words, longs)
 
 
 def fastest(call: Callable[[], object], seconds: float = 0.2) -> float:
@@ -74,13 +77,13 @@ def stages(pairing: Pairing, n: int) -> dict[str, float]:
     rows = max(ELEMENTS // n, 8)
     q, norm = codes_and_norm(pairing, rows, n)
     out = norm(q)
-    exponents, G, B, constants, accumulator = norm._arguments
-    zero_point, m, x, h, E, cut, s1, s2, chunk, _, split = (int(value) for value in constants)
+    exponents, G, B, constants, accumulator, outer, ends, in_bytes, in_words, words, longs = norm._arguments
+    m, x, h, E, cut = (int(value) for value in constants[1:6])
     S, Q, R, M = np.zeros((4, rows), dtype=np.int64)
     calls: dict[str, Callable[[], object]] = {
-        "moments": lambda: moments_stage(q, S, Q, zero_point, exponents, accumulator, chunk, bool(split)),
-        "row stage": lambda: row_stage(S, Q, R, M, n, m, x, h, E, cut),
-        "elements": lambda: elements_stage(q, out, zero_point, exponents, G, B, R, M, s1, s2),
+        "moments": lambda: moments(q, S, Q, exponents, constants, accumulator, in_bytes, in_words),
+        "row stage": lambda: row_stage(S, Q, R, M, n, m, x, h, E, cut, outer),
+        "elements": lambda: elements(q, out, exponents, G, B, R, M, constants, ends, words, longs),
         "call": lambda: norm(q, out=out, threads=1),
         "copy": lambda: np.copyto(out, q, casting="unsafe"),
     }

@@ -13,11 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import proof
-from .adder import NARROW_BITS, code_multipliers, width
+from .arguments import adder_arguments, column_arguments, kernel_arguments, type_ends
 from .axes import from_rows, long_rows, same_place, to_rows
 from .errors import CodeTypeError, InputError
-from .proof import NormKind
 from .quantization import QuantParams
 from .reference import check_operands
 from .spec import LayerNormSpec
@@ -55,12 +53,12 @@ class FxpLayerNorm:
         self._in_dtype = spec.input.dtype.numpy
         self._out_dtype = spec.output.dtype.numpy
         last = spec.axes == tuple(range(-len(spec.axes), 0))
-        self._simple = last and spec.adder is None and (spec.input.lo, spec.input.hi) == _ends(self._in_dtype)
+        self._simple = last and spec.adder is None and (spec.input.lo, spec.input.hi) == type_ends(self._in_dtype)
         self._last = last
-        self._arguments = _kernel_arguments(spec)
+        self._arguments = kernel_arguments(spec)
         together = len(spec.axes) == spec.axes[-1] - spec.axes[0] + 1
-        self._columns = _column_arguments(spec, self._arguments) if together and not last and not spec.adder else ()
-        self._adder = None if spec.adder is None else _adder_arguments(spec)
+        self._columns = column_arguments(spec, self._arguments) if together and not last and not spec.adder else ()
+        self._adder = None if spec.adder is None else adder_arguments(spec)
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -249,11 +247,6 @@ class FxpLayerNorm:
             raise InputError("out is read-only")
 
 
-def _ends(dtype: np.dtype[Any]) -> tuple[int, int]:
-    limits = np.iinfo(dtype)
-    return int(limits.min), int(limits.max)
-
-
 def _share(threads: int, parts: list[T], work: Callable[[T], None]) -> None:
     """Do the work on each part, by several threads that take the next one when they are done."""
     left = iter(parts)
@@ -286,62 +279,6 @@ def _kernel() -> Callable[..., None]:
 
     event.register("numba:compile", Announce())  # type: ignore[no-untyped-call]
     return kernels.run  # type: ignore[no-any-return]
-
-
-def _kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
-    """Return what `kernels.run` takes after the codes and the output, in the narrowest types that the proof allows."""
-    lane = np.int64 if spec.lane == 64 or spec.accumulator > 32 else np.int32
-    # vpmuldq, the product of 32-bit factors, is one step where vpmullq is three; 16-bit factors gain nothing
-    narrow = max(spec.row_stage.t_max(spec.s1), *map(abs, spec.G)) < 1 << 31
-    codes, added = spec.row_stage.codes, spec.adder is not None
-    exponents = None if added or spec.input.exponents is None else np.array(spec.input.exponents, dtype=np.int32)
-    # without exponents the kernel sums bytes without a sign, and wider codes around their middle
-    bits = 8 * spec.input.dtype.numpy.itemsize
-    largest = codes.largest if added or exponents is not None or bits > 16 else 255 if bits == 8 else 1 << (bits - 1)
-    square = largest * largest
-    # 64 squares should fit between two carries; else they are summed in two parts, and as a last resort in 64 bits
-    wide = square >= 1 << 31
-    split = not wide and 64 * square >= 1 << 31
-    chunk = spec.n if wide else 1 << 15 if split else ((1 << 31) - 1) // max(square, 1)
-    constants = (
-        0 if added else spec.input.zero_point, spec.m, spec.K + spec.h, spec.h, spec.E,
-        proof.reciprocal_bits(spec.n) if spec.lane == 64 else 63,
-        spec.s1, spec.s2, min(chunk, spec.n), spec.kind is NormKind.LAYERNORM, split,
-    )  # fmt: skip
-    ends = spec.output.lo, spec.output.hi
-    return (
-        exponents,
-        np.array(spec.G, dtype=np.int32 if narrow else lane),
-        np.array([offset + (1 << (spec.s2 - 1)) for offset in spec.B], dtype=lane),
-        np.array(constants, dtype=np.int64),
-        np.zeros(0, dtype=np.int64 if wide else np.int32),
-        np.array([spec.A, spec.l], dtype=np.int64) if spec.A else None,
-        None if ends == _ends(spec.output.dtype.numpy) else np.array(ends, dtype=np.int64),
-    )
-
-
-def _column_arguments(spec: LayerNormSpec, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what `kernels.run_columns` takes: it sums the squares of u itself, in one part."""
-    exponents, G, B, constants, _, *others = arguments
-    square = max(spec.row_stage.codes.largest, 1) ** 2
-    wide = 64 * square >= 1 << 31
-    constants = constants.copy()
-    constants[8] = spec.n if wide else min(((1 << 31) - 1) // square, spec.n)
-    return (exponents, G, B, constants, np.zeros(0, dtype=np.int64 if wide else np.int32), *others)
-
-
-def _adder_arguments(spec: LayerNormSpec) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return what `kernels.add` and `kernels.sum_codes` take after their arrays."""
-    assert spec.adder is not None
-    dtype = np.int32 if width(spec.operands, spec.lane) == NARROW_BITS else np.int64
-    M = [factors.astype(dtype) for factors in code_multipliers(spec.n, spec.operands, spec.adder)]
-    zero_points = np.array([params.zero_point for params in spec.operands] + [0], dtype=np.int64)
-    add = (M[0], M[-1], zero_points, spec.adder.shift)
-    params, shift = spec.sum_output, spec.adder.sum_shift
-    if params is None or shift is None:
-        return add, ()
-    shifts = np.array(params.channel_exponents(spec.n), dtype=np.int64) + shift
-    return add, (shifts, params.zero_point, params.lo, params.hi)
 
 
 @functools.cache

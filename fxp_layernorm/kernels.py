@@ -7,19 +7,31 @@ Numba widens int32 operands to int64, and LLVM then can't narrow the shifts agai
 fill the vectors, is written with NumPy's functions (`np.multiply`, `np.right_shift`, ...), which keep the type.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
+
+from . import vectors
 
 #: So many channels are done in all rows of a block before the next, as their G and B then stay in the first cache.
 TILE = 2048
 #: So many columns are done together, where rows lie across: their codes of all channels should stay in the cache.
 COLUMNS = 256
+#: Codes that the vectors take at a time.
+BLOCK = 64
+#: Sums in 32 bits are carried over into 64 after so many codes: their squares, by 16 bits at a time, reach 2**31.
+CARRY = 1 << 15
+
+
+_VECTORS = hashlib.sha256(Path(vectors.__file__).read_bytes()).hexdigest()[:8]
 
 
 def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -27,6 +39,8 @@ def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     options = {"nogil": True, "error_model": "numpy", **options}
 
     def decorate(function: Callable[..., Any]) -> Any:
+        # Numba's cache goes by the function's name and file, and so notices an edit of the vectors too
+        function.__qualname__ += f"_{_VECTORS}"
         try:
             return njit(cache=True, **options)(function)
         except RuntimeError:
@@ -36,27 +50,11 @@ def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 #: For what a loop over rows or channels calls: LLVM makes vectors only of loops without calls.
-_inlined = _jit(forceinline=True)
-
-
-@intrinsic
-def _widest_vectors(typing_context):  # type: ignore[no-untyped-def]
-    """Let the caller's loops use 512-bit vectors, where the CPU has them.
-
-    No instruction of its own, but a hint: LLVM prefers 256 bits on Intel's AVX-512 cores. With it the element stage
-    (vpmulld, vpsravd, vpmovsdb) takes 0.75 times as long, and the moments (vpdpwssd) 0.7 times.
-    """
-
-    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        # set.add, because llvmlite knows no attributes in quotes but prints whatever the set holds
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+_inlined = _jit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @_inlined
-def bit_length(value):  # type: ignore[no-untyped-def]
+def bit_length(value):
     """Return the bit length of an integer in [0, 2**63)."""
     # the exponent of the float is one too large where the integer was rounded up to a power of 2
     exponent: Any = np.float64(value).view(np.int64) >> 52
@@ -65,7 +63,7 @@ def bit_length(value):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def isqrt(w):  # type: ignore[no-untyped-def]
+def isqrt(w):
     """Return floor(sqrt(w)) of an integer in [0, 2**62).
 
     The float seed is off by one at most: w has a relative error of 2**-53 as a float64 and its root is below 2**31.
@@ -76,7 +74,7 @@ def isqrt(w):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def floor_divide(a, b, inverse):  # type: ignore[no-untyped-def]
+def floor_divide(a, b, inverse):
     """Return floor(a / b) for |a| < 2**63 and 0 < b < 2**32, given 1.0 / b.
 
     The float quotient has a relative error below 2**-51, so what is left of a is below 2**12 + 2*b in magnitude and
@@ -90,7 +88,7 @@ def floor_divide(a, b, inverse):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def reciprocal_root(V, n, m, x, cut, outer):  # type: ignore[no-untyped-def]
+def reciprocal_root(V, n, m, x, cut, outer):
     """Return r and R of equation (4) for V > 0.
 
     `cut` is the largest shift of n before the division; `outer` holds A and l, or is None without eps outside the root.
@@ -108,7 +106,7 @@ def reciprocal_root(V, n, m, x, cut, outer):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def row_scale(S, V0, n, m, x, h, E, cut, centred, outer):  # type: ignore[no-untyped-def]
+def row_scale(S, V0, n, m, x, h, E, cut, centred, outer):
     """Return R and M = c*R + D, so that p = u*R - M (equations 3 to 6); wraps like the lane that holds p.
 
     Without branches, so that a loop over rows becomes vectors.
@@ -123,12 +121,64 @@ def row_scale(S, V0, n, m, x, h, E, cut, centred, outer):  # type: ignore[no-unt
 
 
 @_inlined
-def moments(q, i, n, zero_point, exponents, accumulator, chunk, split):  # type: ignore[no-untyped-def]
+def byte_moments(q, at, count):
+    """Return the sum of codes of 8 bits from `at` on, less the lowest of their type, and that of their squares."""
+    S, Q = np.int64(0), np.int64(0)
+    ones, middle = vectors.spread(np.int8(1)), vectors.spread(np.int8(-128))
+    for start in range(0, count, CARRY):
+        s, products = vectors.spread(np.int32(0)), vectors.spread(np.int32(0))
+        for k in range(start, min(start + CARRY, count), BLOCK):
+            codes = vectors.load_bytes(q, at + k)
+            other = vectors.xor(codes, middle)
+            # of v from 0 to 255 and v - 128; the product of bytes takes one without a sign and one with it
+            v, w = (codes, other) if q.dtype.type(-1) > 0 else (other, codes)
+            s, products = vectors.dot_bytes(s, v, ones), vectors.dot_bytes(products, v, w)
+        total = vectors.sum_lanes(s)
+        S += total
+        Q += vectors.sum_lanes(products) + 128 * total
+    return S, Q
+
+
+@_inlined
+def shifted(words, shifts, zeros, k):
+    """Return words with the codes of a block at the height that the word stage wants (equation 0)."""
+    if shifts is None:
+        return words
+    words = vectors.shift_right(words, vectors.load_words(shifts, k))
+    return words if zeros is None else vectors.subtract(words, vectors.load_words(zeros, k))
+
+
+@_inlined
+def word_moments(q, at, count, shifts, zeros):
+    """Return the sums of the words of codes from `at` on, and of their squares.
+
+    Squares have 31 bits: their sum is kept modulo 2**32, beside that of their upper halves, which tells what is lost.
+    """
+    S, Q = np.int64(0), np.int64(0)
+    ones = vectors.as_words(vectors.spread(np.int32(0x10001)))
+    for start in range(0, count, CARRY):
+        s = s2 = squares = squares2 = upper = upper2 = vectors.spread(np.int32(0))
+        for k in range(start, min(start + CARRY, count), BLOCK):
+            first, second = vectors.code_words(q, at + k)
+            first, second = shifted(first, shifts, zeros, k), shifted(second, shifts, zeros, k + 32)
+            s, s2 = vectors.dot(s, first, ones), vectors.dot(s2, second, ones)
+            squares, squares2 = vectors.dot(squares, first, first), vectors.dot(squares2, second, second)
+            upper = vectors.dot(upper, vectors.multiply_high(first, first), ones)
+            upper2 = vectors.dot(upper2, vectors.multiply_high(second, second), ones)
+        S += vectors.sum_lanes(vectors.add(s, s2))
+        above = vectors.add(upper, upper2)
+        lost = vectors.subtract(vectors.add(squares, squares2), vectors.shift_left(above, vectors.spread(np.int32(16))))
+        Q += (vectors.sum_lanes(above) << 16) + vectors.sum_lanes(lost)
+    return S, Q
+
+
+@_inlined
+def moments(q, i, n, zero_point, exponents, accumulator, chunk, split, in_bytes, in_words, height):
     """Return S and Q of row i (equations 0 to 2), Q modulo 2**64.
 
-    Sums over chunks that the accumulator's type holds. If `split`, squares reach 31 bits: their sum is then kept
-    modulo 2**32, and beside it the sum of their upper halves, which says what the modulus took away. Without exponents
-    the zero point is left to the end.
+    Whole blocks are left to vectors where they are faster. The rest is summed over chunks that the accumulator's type
+    holds. If `split`, squares reach 31 bits: their sum is then kept modulo 2**32, and beside it the sum of their upper
+    halves, which says what the modulus took away. Without exponents the zero point is left to the end.
     """
     sum_type = accumulator.dtype.type
     zero = sum_type(zero_point)
@@ -139,10 +189,19 @@ def moments(q, i, n, zero_point, exponents, accumulator, chunk, split):  # type:
             origin = np.int64(0 if q.dtype.type(-1) > 0 else -128)
         elif q.dtype.type(-1) > 0:
             origin = np.int64(32768)
-    S, Q = np.int64(0), np.int64(0)
-    for start in range(0, n, chunk):
+    S, Q, done = np.int64(0), np.int64(0), 0
+    if in_bytes is not None and vectors.has_bytes():
+        done = n & -BLOCK
+        S, Q = byte_moments(q, i * q.shape[1], done)
+    if in_words is not None and vectors.has_words():
+        done = n & -BLOCK
+        S, Q = word_moments(q, i * q.shape[1], done, in_words[0], in_words[1])
+        S, Q = S >> height, Q >> 2 * height
+    start = done
+    while start < n:  # not a range, whose length takes a division
+        stop = min(start + chunk, n)
         s, squares, upper = sum_type(0), sum_type(0), sum_type(0)
-        for k in range(np.uint64(start), np.uint64(min(start + chunk, n))):
+        for k in range(np.uint64(start), np.uint64(stop)):
             u = sum_type(q[i, k])
             if exponents is not None:
                 u = np.left_shift(np.subtract(u, zero) if zero else u, sum_type(exponents[k]))
@@ -158,6 +217,7 @@ def moments(q, i, n, zero_point, exponents, accumulator, chunk, split):  # type:
         S += s
         high = np.int64(upper) << 16
         Q += high + ((squares - high) & 0xFFFFFFFF) if split else np.int64(squares)
+        start = stop
     if exponents is None:
         shift = zero_point - origin
         return S - n * shift, Q - 2 * shift * S + n * shift * shift
@@ -165,7 +225,61 @@ def moments(q, i, n, zero_point, exponents, accumulator, chunk, split):  # type:
 
 
 @_inlined
-def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2, ends):  # type: ignore[no-untyped-def]
+def word_elements(q, out, i, start, stop, words, X, M, s2, ends, wide):
+    """Compute output codes of row i by products of words (equations 6 to 9).
+
+    R and M, and so p, are 2**(16 - s1) times as large, so that t is the upper half of 32 bits, where the second product
+    takes it from: its factors are pairs of words, of which the lower G is 0. The same zeros pick the even and the odd
+    words for the first product. If `wide`, X is more than a word, and its upper word's product is added above.
+    """
+    G, B, shifts, zeros = words
+    source, target = i * q.shape[1], i * out.shape[1]
+    high = (X + 0x8000) >> 16
+    low = np.int32(X & 0xFFFF)
+    even, odd = vectors.as_words(vectors.spread(low)), vectors.as_words(vectors.spread(np.int32(low << 16)))
+    upper = vectors.as_words(vectors.spread(np.int32((high & 0xFFFF) * 0x10001)))
+    minus_M = vectors.spread(np.int32(-M))
+    for k in range(start, stop, BLOCK):
+        first, second = vectors.code_words(q, source + k)
+        first, second = shifted(first, shifts, zeros, k), shifted(second, shifts, zeros, k + 32)
+        p0 = p1 = p2 = p3 = minus_M
+        if wide:
+            p0, p1 = vectors.add_above(minus_M, vectors.multiply(first, upper))
+            p2, p3 = vectors.add_above(minus_M, vectors.multiply(second, upper))
+        t0, t1 = vectors.as_words(vectors.dot(p0, first, even)), vectors.as_words(vectors.dot(p1, first, odd))
+        t2, t3 = vectors.as_words(vectors.dot(p2, second, even)), vectors.as_words(vectors.dot(p3, second, odd))
+        a0 = vectors.dot(vectors.load_ints(B, k), t0, vectors.load_words(G, 2 * k))
+        a1 = vectors.dot(vectors.load_ints(B, k + 16), t1, vectors.load_words(G, 2 * k + 32))
+        a2 = vectors.dot(vectors.load_ints(B, k + 32), t2, vectors.load_words(G, 2 * k + 64))
+        a3 = vectors.dot(vectors.load_ints(B, k + 48), t3, vectors.load_words(G, 2 * k + 96))
+        y = vectors.narrow(vectors.shift_in_turn(a0, a1, s2), vectors.shift_in_turn(a2, a3, s2), q, out)
+        vectors.store(out, target + k, y if ends is None else vectors.clamp(y, ends[0], ends[1], out))
+
+
+@_inlined
+def long_elements(q, out, i, start, stop, longs, R, M, s1, s2, ends):
+    """Compute output codes of row i in 64 bits: p modulo 2**52, of which t is 32 (6 to 9)."""
+    G, B = longs
+    source, target = i * q.shape[1], i * out.shape[1]
+    factor, minus_M, shift = vectors.spread(R), vectors.spread(-M), vectors.spread(s1)
+    for k in range(start, stop, 32):
+        p0 = vectors.multiply_52(minus_M, vectors.code_longs(q, source + k), factor)
+        p1 = vectors.multiply_52(minus_M, vectors.code_longs(q, source + k + 8), factor)
+        p2 = vectors.multiply_52(minus_M, vectors.code_longs(q, source + k + 16), factor)
+        p3 = vectors.multiply_52(minus_M, vectors.code_longs(q, source + k + 24), factor)
+        t0, t1 = vectors.shift_right_unsigned(p0, shift), vectors.shift_right_unsigned(p1, shift)
+        t2, t3 = vectors.shift_right_unsigned(p2, shift), vectors.shift_right_unsigned(p3, shift)
+        # the lower 32 of each 64 bits are G of one vector at one place, and that of the other at the next
+        a0 = vectors.add(vectors.load_longs(B, k), vectors.multiply_32(t0, vectors.load_longs(G, k)))
+        a1 = vectors.add(vectors.load_longs(B, k + 8), vectors.multiply_32(t1, vectors.load_longs(G, k + 1)))
+        a2 = vectors.add(vectors.load_longs(B, k + 16), vectors.multiply_32(t2, vectors.load_longs(G, k + 16)))
+        a3 = vectors.add(vectors.load_longs(B, k + 24), vectors.multiply_32(t3, vectors.load_longs(G, k + 17)))
+        y = vectors.narrow(vectors.shift_in_turn(a0, a1, s2), vectors.shift_in_turn(a2, a3, s2), q, out)
+        vectors.store(out, target + k, y if ends is None else vectors.clamp(y, ends[0], ends[1], out))
+
+
+@_inlined
+def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2, ends):
     """Compute output codes of row i (equations 6 to 9) in the type of B, that of the lane.
 
     M and B hold their rounding halves, and M the zero point too if there are no exponents. A type of G that is
@@ -186,17 +300,44 @@ def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2, 
         out[i, k] = out.dtype.type(min(max(np.right_shift(a, s2), lo), hi))
 
 
+@_inlined
+def second_pass(q, out, start, count, exponents, G, B, R, M, constants, ends, words, longs):
+    """Compute the output codes of rows, a tile of channels in all of them before the next."""
+    n = len(G)
+    zero_point, s1, s2 = constants[0], constants[6], constants[7]
+    word_limit, height, base = constants[11], constants[12], constants[13]
+    for left in range(0, n, TILE):
+        right = min(left + TILE, n)
+        whole = right - (right - left) % BLOCK
+        for k in range(count):
+            i, done = start + k, left
+            if words is not None and vectors.has_words() and R[k] < word_limit:
+                done = whole
+                X, high_M = R[k] << (16 - s1 - height), (M[k] - base * R[k]) << (16 - s1)
+                if X < 1 << 15:
+                    word_elements(q, out, i, left, whole, words, X, high_M, s2, ends, False)
+                else:
+                    word_elements(q, out, i, left, whole, words, X, high_M, s2, ends, True)
+            if longs is not None and vectors.has_longs():
+                done = whole
+                long_elements(q, out, i, left, whole, longs, R[k], M[k] - base * R[k], s1, s2, ends)
+            if done < right:
+                elements(q, out, i, done, right, zero_point, exponents, G, B, R[k], M[k], s1, s2, ends)
+
+
 @_jit()
-def run(q, out, exponents, G, B, constants, accumulator, outer, ends):  # type: ignore[no-untyped-def]
+def run(q, out, exponents, G, B, constants, accumulator, outer, ends, in_bytes, in_words, words, longs):
     """Compute rows of codes, in blocks that stay in the cache between the two passes over them.
 
     The rows of `q` and `out` may be longer than n, the length of G: what follows is not looked at.
+    The last four are None where vectors can't help: with the moments of bytes, or of words (the shifts and zeros that
+    make them of codes), and with elements in words or in 64 bits (the same, after G and B).
     """
-    _widest_vectors()  # type: ignore[call-arg]
+    vectors.widest()
     rows, n = len(q), len(G)
-    zero_point, m, x, h, E, cut, s1, s2, chunk, centred, split = (
-        constants[0], constants[1], constants[2], constants[3], constants[4], constants[5],
-        constants[6], constants[7], constants[8], constants[9] != 0, constants[10] != 0,
+    zero_point, m, x, h, E, cut, s1, chunk, centred, split, height = (
+        constants[0], constants[1], constants[2], constants[3], constants[4], constants[5], constants[6],
+        constants[8], constants[9] != 0, constants[10] != 0, constants[12],
     )  # fmt: skip
     folded = zero_point if exponents is None else np.int64(0)
     block = max(1, min(rows, max(8, min(64, 65536 // n))))
@@ -204,24 +345,23 @@ def run(q, out, exponents, G, B, constants, accumulator, outer, ends):  # type: 
     for start in range(0, rows, block):
         count = min(block, rows - start)
         for k in range(count):
-            S[k], Q[k] = moments(q, start + k, n, zero_point, exponents, accumulator, chunk, split)
+            S[k], Q[k] = moments(
+                q, start + k, n, zero_point, exponents, accumulator, chunk, split, in_bytes, in_words, height
+            )
         for k in range(count):
             V0 = n * Q[k] - (S[k] * S[k] if centred else np.int64(0))
             scale, offset = row_scale(S[k], V0, n, m, x, h, E, cut, centred, outer)
             R[k], M[k] = scale, offset + folded * scale - (np.int64(1) << (s1 - 1))
-        for left in range(0, n, TILE):
-            right = min(left + TILE, n)
-            for k in range(count):
-                elements(q, out, start + k, left, right, zero_point, exponents, G, B, R[k], M[k], s1, s2, ends)
+        second_pass(q, out, start, count, exponents, G, B, R, M, constants, ends, words, longs)
 
 
 @_jit()
-def run_columns(q, out, left, right, exponents, G, B, constants, accumulator, outer, ends):  # type: ignore[no-untyped-def]
+def run_columns(q, out, left, right, exponents, G, B, constants, accumulator, outer, ends):
     """Compute `run` where rows lie across: positions from left to right of arrays of shape (n, positions).
 
     Vectors go along the positions.
     """
-    _widest_vectors()  # type: ignore[call-arg]
+    vectors.widest()
     n = len(G)
     zero_point, m, x, h, E, cut, s1, s2, chunk, centred = (
         constants[0], constants[1], constants[2], constants[3], constants[4], constants[5],
@@ -263,12 +403,12 @@ def run_columns(q, out, left, right, exponents, G, B, constants, accumulator, ou
 
 
 @_jit()
-def add(q, residual, out, M, N, zero_points, shift):  # type: ignore[no-untyped-def]
+def add(q, residual, out, M, N, zero_points, shift):
     """Compute the integers u of two operands, or of one where `residual` is None (equation 0), in the type of M.
 
     The operands' rows may be longer than those of `out`, as in `run`.
     """
-    _widest_vectors()  # type: ignore[call-arg]
+    vectors.widest()
     rows, n = out.shape
     wide = M.dtype.type
     first, second = wide(zero_points[0]), wide(zero_points[1])
@@ -282,9 +422,9 @@ def add(q, residual, out, M, N, zero_points, shift):  # type: ignore[no-untyped-
 
 
 @_jit()
-def sum_codes(u, out, shifts, zero_point, lo, hi):  # type: ignore[no-untyped-def]
+def sum_codes(u, out, shifts, zero_point, lo, hi):
     """Compute the codes of the sum (equation 31); negative shifts go to the left."""
-    _widest_vectors()  # type: ignore[call-arg]
+    vectors.widest()
     rows, n = u.shape
     for i in range(rows):
         for k in range(n):

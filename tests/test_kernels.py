@@ -187,6 +187,6 @@ def test_the_bound_is_not_idle(source: str, target: str, lane: int) -> None:
     """Spikes over faint noise come to half of the proved excess, so that a bound twice too wide would show."""
     n = 64
     spec = plan(layer_of(NormKind.LAYERNORM, n), params_of(source), params_of(target), lane=lane)
-    faint = noise(spec.input, n, 8 * n) // 8 + (spec.input.dtype.lo - spec.input.dtype.lo // 8)
-    spikes = np.where(np.arange(n) == np.arange(8 * n)[:, None] // 8, spec.input.dtype.hi, faint)
+    faint = noise(spec.input, n, 24 * n) // 8 + (spec.input.dtype.lo - spec.input.dtype.lo // 8)
+    spikes = np.where(np.arange(n) == np.arange(24 * n)[:, None] // 24, spec.input.dtype.hi, faint)
     assert hold(spec, spikes.astype(spec.input.dtype.numpy)) > spec.excess / 2

@@ -80,7 +80,7 @@ def test_the_narrowest_lane_that_can_be_defended(source: str, target: str, lane:
 
 
 def test_the_excess_that_is_asked_for_chooses_the_lane() -> None:
-    layer, qi, qo = layer_of(NormKind.LAYERNORM, 64), params_of("int16"), params_of("int8")
+    layer, qi, qo = layer_of(NormKind.LAYERNORM, 64), params_of("int16"), params_of("int16")
     by_lane = {lane: plan(layer, qi, qo, lane=lane).excess for lane in LANES}
     assert by_lane[24] > by_lane[32] > by_lane[64]
     for lane, next_lane in ((24, 32), (32, 64), (64, 64)):

@@ -1,0 +1,175 @@
+"""What the kernels take of a spec besides the codes: its integers, in the types and the order that suit them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import proof
+from .adder import NARROW_BITS, code_multipliers, width
+from .proof import NormKind
+from .spec import LayerNormSpec
+
+#: Codes that the kernels' vectors take at a time; not imported, as that would load Numba.
+BLOCK = 64
+
+_Array = npt.NDArray[Any]
+#: G, B, shifts and zeros, each in the order of the vectors that they meet.
+_WordTables = tuple[_Array, _Array, _Array | None, _Array | None]
+
+
+def kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
+    """Return what `kernels.run` takes after the codes and the output."""
+    lane = np.int64 if spec.lane == 64 or spec.accumulator > 32 else np.int32
+    # vpmuldq, the product of 32-bit factors, is one step where vpmullq is three; 16-bit factors gain nothing
+    narrow = max(spec.row_stage.t_max(spec.s1), *map(abs, spec.G)) < 1 << 31
+    codes, added = spec.row_stage.codes, spec.adder is not None
+    exponents = None if added or spec.input.exponents is None else np.array(spec.input.exponents, dtype=np.int32)
+    # without exponents the kernel sums bytes without a sign, and wider codes around their middle
+    bits = 8 * spec.input.dtype.numpy.itemsize
+    largest = codes.largest if added or exponents is not None or bits > 16 else 255 if bits == 8 else 1 << (bits - 1)
+    square = largest * largest
+    # 64 squares should fit between two carries; else they are summed in two parts, and as a last resort in 64 bits
+    wide = square >= 1 << 31
+    split = not wide and 64 * square >= 1 << 31
+    chunk = spec.n if wide else 1 << 15 if split else ((1 << 31) - 1) // max(square, 1)
+    height = _word_height(spec)
+    words = None if height is None else _word_tables(spec, height)
+    longs = _long_tables(spec)
+    # what the codes are less in the vectors, unless that is done channel by channel
+    unsigned = not added and exponents is None and spec.input.dtype.numpy.kind == "u"
+    middle = 1 << (bits - 1)
+    base = middle * unsigned if longs is None else middle * (unsigned - 1)
+    constants = (
+        0 if added else spec.input.zero_point, spec.m, spec.K + spec.h, spec.h, spec.E,
+        proof.reciprocal_bits(spec.n) if spec.lane == 64 else 63,
+        spec.s1, spec.s2, min(chunk, spec.n), spec.kind is NormKind.LAYERNORM, split,
+        _word_limit(spec), height or 0, base,
+    )  # fmt: skip
+    ends = spec.output.lo, spec.output.hi
+    return (
+        exponents,
+        np.array(spec.G, dtype=np.int32 if narrow else lane),
+        _offsets(spec).astype(lane),
+        np.array(constants, dtype=np.int64),
+        np.zeros(0, dtype=np.int64 if wide else np.int32),
+        np.array([spec.A, spec.l], dtype=np.int64) if spec.A else None,
+        None if ends == type_ends(spec.output.dtype.numpy) else np.array(ends, dtype=np.int64),
+        True if bits == 8 and exponents is None and not added else None,
+        _word_sums(spec, words),
+        words,
+        longs,
+    )
+
+
+def column_arguments(spec: LayerNormSpec, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what `kernels.run_columns` takes: it sums the squares of u itself, in one part."""
+    exponents, G, B, constants, _, outer, ends, *_ = arguments
+    square = max(spec.row_stage.codes.largest, 1) ** 2
+    wide = 64 * square >= 1 << 31
+    constants = constants.copy()
+    constants[8] = spec.n if wide else min(((1 << 31) - 1) // square, spec.n)
+    return exponents, G, B, constants, np.zeros(0, dtype=np.int64 if wide else np.int32), outer, ends
+
+
+def adder_arguments(spec: LayerNormSpec) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return what `kernels.add` and `kernels.sum_codes` take after their arrays."""
+    assert spec.adder is not None
+    dtype = np.int32 if width(spec.operands, spec.lane) == NARROW_BITS else np.int64
+    M = [factors.astype(dtype) for factors in code_multipliers(spec.n, spec.operands, spec.adder)]
+    zero_points = np.array([params.zero_point for params in spec.operands] + [0], dtype=np.int64)
+    add = (M[0], M[-1], zero_points, spec.adder.shift)
+    params, shift = spec.sum_output, spec.adder.sum_shift
+    if params is None or shift is None:
+        return add, ()
+    shifts = np.array(params.channel_exponents(spec.n), dtype=np.int64) + shift
+    return add, (shifts, params.zero_point, params.lo, params.hi)
+
+
+def type_ends(dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Return the lowest and the highest value of an integer type."""
+    limits = np.iinfo(dtype)
+    return int(limits.min), int(limits.max)
+
+
+def _offsets(spec: LayerNormSpec) -> npt.NDArray[np.int64]:
+    """Return B with the rounding half of equation (9)."""
+    return np.array([offset + (1 << (spec.s2 - 1)) for offset in spec.B], dtype=np.int64)
+
+
+def _word_height(spec: LayerNormSpec) -> int | None:
+    """Return how far above u the words lie that `kernels.word_elements` multiplies; None if it can't hold the spec."""
+    if spec.lane == 64 or spec.accumulator > 32 or spec.output.dtype.bits > 8 or not spec.s1 <= 16 <= spec.s2:
+        return None
+    if max(map(abs, spec.G)) >= 1 << 15:
+        return None
+    low, high = int(spec.ends[0].min()), int(spec.ends[1].max())
+    if spec.adder is not None or spec.input.dtype.numpy.itemsize > 1:
+        exponents = spec.adder is None and spec.input.exponents is not None
+        words = low >= -(1 << 15) and high < 1 << 15 if spec.adder is not None else spec.input.dtype.bits <= 16
+        return None if exponents or not words else 0
+    if spec.input.exponents is None:  # then words are codes, and zero points wait in M
+        return min(8, 16 - spec.s1)
+    heights = range(min(8 - max(spec.input.exponents), 16 - spec.s1), -1, -1)
+    return next((k for k in heights if low << k >= -(1 << 15) and high << k < 1 << 15), None)
+
+
+def _word_limit(spec: LayerNormSpec) -> int:
+    """Return the R from which on t may leave 16 bits."""
+    if spec.row_stage.t_max(spec.s1) < 1 << 15:
+        return 1 << 62
+    return ((1 << (15 + spec.s1)) - (1 << spec.s1)) // (spec.row_stage.codes.spread + 1)
+
+
+def _word_tables(spec: LayerNormSpec, height: int) -> _WordTables:
+    """Return the tables of `kernels.word_elements`.
+
+    Words lie in the order of `vectors.code_words`; products take the even ones of 32 words before the odd ones.
+    """
+    bytes_in = spec.adder is None and spec.input.dtype.numpy.itemsize == 1
+    k = np.arange(BLOCK)
+    word = 4 * (k % 32 // 2) + 2 * (k % 2) + k // 32 if bytes_in else k
+    blocks = np.arange(0, spec.n - spec.n % BLOCK, BLOCK)[:, np.newaxis]
+    words = (blocks + word).reshape(-1)
+    products = (blocks + word.reshape(2, 16, 2).transpose(0, 2, 1).reshape(-1)).reshape(-1)
+    G = np.stack([np.zeros(len(products)), np.array(spec.G, dtype=np.float64)[products]], axis=1).reshape(-1)
+    tables = _aligned(G, np.int16), _aligned(_offsets(spec)[products], np.int32)
+    if not bytes_in or (height == 8 and spec.input.exponents is None):
+        return *tables, None, None
+    shifts = (8 - height - np.array(spec.input.channel_exponents(spec.n)))[words]
+    zero = spec.input.zero_point - 128 * (spec.input.dtype.numpy.kind == "u")
+    if spec.input.exponents is None or zero == 0:
+        return *tables, _aligned(shifts, np.int16), None
+    return *tables, _aligned(shifts, np.int16), _aligned(zero << (8 - shifts), np.int16)
+
+
+def _word_sums(spec: LayerNormSpec, words: _WordTables | None) -> tuple[_Array | None, _Array | None] | None:
+    """Return the shifts and zeros that make words of codes for `kernels.word_moments`; None if it can't hold them."""
+    if spec.input.exponents is not None and spec.adder is None:
+        return None if words is None else words[2:]
+    return (None, None) if spec.adder is None and spec.input.dtype.numpy.itemsize == 2 else None
+
+
+def _long_tables(spec: LayerNormSpec) -> tuple[_Array, _Array] | None:
+    """Return G and B for `kernels.long_elements`, or None if it can't hold the spec or gains nothing."""
+    codes = spec.input.dtype.numpy.itemsize <= 2 and spec.adder is None and spec.input.exponents is None
+    shifts = spec.s1 <= 20 and spec.s2 >= 32
+    factors = max(spec.row_stage.t_max(spec.s1), *map(abs, spec.G)) < 1 << 31
+    if not (spec.lane == 64 and codes and shifts and factors and spec.output.dtype.numpy.itemsize == 2):
+        return None
+    whole = spec.n - spec.n % BLOCK
+    # two vectors in turn, of which one begins a place later
+    G = np.array(spec.G[:whole], dtype=np.int64).reshape(-1, 2, 8).transpose(0, 2, 1).reshape(-1)
+    return _aligned(np.append(G, 0), np.int32), _aligned(_offsets(spec)[:whole], np.int64)
+
+
+def _aligned(values: _Array, dtype: type[np.integer[Any]]) -> _Array:
+    """Return the values in memory that begins with a line of the cache."""
+    size = values.size * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, dtype=np.uint8)
+    start = -memory.ctypes.data % 64
+    array = memory[start : start + size].view(dtype)
+    array[...] = values
+    return array
