@@ -27,6 +27,10 @@ def models(word: str) -> list[onnx.ModelProto]:
                 layer_of(kind, 64), params_of("int8", exponents=exponents_of(64, 2)), params_of("int16"), lane=lane
             )
             built.append(to_onnx(spec, form=form))
+        wide = params_of("int8", exponents=exponents_of(64, 15))
+        built.append(
+            to_onnx(fxp.plan(layer_of(NormKind.LAYERNORM, 64), wide, params_of("int8"), lane=32), form="function")
+        )
         outside = fxp.LayerNorm(64, eps_outside=True)
         built.append(to_onnx(fxp.plan(outside, params_of("int8"), params_of("int8")), form="function"))
     else:

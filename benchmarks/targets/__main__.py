@@ -15,6 +15,7 @@ import tempfile
 import time
 import venv
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ class Answers:
         if self.exact:
             parts.append(f"exact {_which(self.exact)}")
         if self.wrong:
-            parts.append(f"**wrong** {_which(self.wrong)}".rstrip())
+            parts.append(f"**wrong** {_which(self.wrong) if len(self.wrong) < total else ''}".rstrip())
         for message, count in Counter(self.refused.values()).most_common():
             cases = [case for case, found in self.refused.items() if found == message]
             parts.append(f"refused {_which(cases) if count < total else ''}".rstrip() + f": {message}")
@@ -216,35 +217,42 @@ def main() -> None:
     parser.add_argument("--only", choices=CONSUMERS, action="append", help="run this consumer; may be repeated")
     parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.relative_to(ROOT)}")
     arguments = parser.parse_args()
-    lines = [
-        "## Who takes what",
-        "",
-        "| consumer | form | " + " | ".join(WORDS) + " |",
-        "|---|---|" + "---|" * len(WORDS),
-    ]
-    wrong = 0
-    for name in arguments.only or CONSUMERS:
-        package, title = CONSUMERS[name]
+    page = PAGE.read_text()
+    lines = ["## Who takes what", "", f"| consumer | form | {' | '.join(WORDS)} |", "|---|---|" + "---|" * len(WORDS)]
+    for name, (package, title) in CONSUMERS.items():
+        if arguments.only and name not in arguments.only:
+            lines += rows_of_page(page, title)
+            continue
         python = interpreter(name, arguments.environments, arguments.install)
         start = time.perf_counter()
         try:
             found = run(name, python, CASES)
         except RuntimeError:
-            lines.append(f"| {title} | | " + " | ".join(["not run"] * len(WORDS)) + " |")
+            lines.append(f"| {title} | |{' not run |' * len(WORDS)}")
             continue
-        wrong += sum(len(answers.wrong) for answers in found.values())
         print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         for index, form in enumerate(FORMS):
             first = f"{title} {version(python, package)}" if not index else ""
-            lines.append(f"| {first} | {form} | " + " | ".join(str(found[word, form]) for word in WORDS) + " |")
+            lines.append(f"| {first} | {form} | {' | '.join(str(found[word, form]) for word in WORDS)} |")
     facts = environment()
-    versions = ", ".join(f"{package} {number}" for package, number in facts["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     machine = f"Printed on an {facts['cpu']}, {facts['system']}, {versions}."
     text = "\n".join([*lines, "", *cost_tables(), "", machine, ""])
     print(text)
     if arguments.write:
-        page = PAGE.read_text()
         PAGE.write_text(page[: page.index(MARK) + len(MARK)] + text)
+
+
+def rows_of_page(page: str, title: str) -> list[str]:
+    """Return the rows that the page has for a consumer."""
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "|---" not in line]
+    starts = [index for index, row in enumerate(rows) if row.startswith(f"| {title} ")]
+    return [row for start in starts[:1] for row in [rows[start], *_following(rows[start + 1 :])]]
+
+
+def _following(rows: list[str]) -> Iterator[str]:
+    """Return the rows without a consumer's name, which belong to the one above."""
+    return itertools.takewhile(lambda row: row.startswith("|  |"), rows)
 
 
 if __name__ == "__main__":
