@@ -267,6 +267,45 @@ def test_what_only_resembles_a_norm_stays(other: str, opset: int) -> None:
         calibrate_model(model, Feeds(data_of(2, 5, N)))
 
 
+NEWEST = onnx.defs.onnx_opset_version()
+
+
+@pytest.mark.parametrize("opset", [11, NEWEST])
+def test_spellings_are_found_in_every_opset(opset: int) -> None:
+    texts = {**{name: text for name, (text, *_) in LAYERNORMS.items()}, **RMSNORMS}
+    for name, text in texts.items():
+        found = find(model_of(text, opset=opset, ir_version=13))
+        assert [(norm.output, norm.blocker) for norm in found] == [("o", None)], name
+
+
+@pytest.mark.parametrize("opset", [11, NEWEST])
+def test_what_only_resembles_a_norm_stays_in_every_opset(opset: int) -> None:
+    for name, text in OTHERS.items():
+        assert find(model_of(text, opset=opset, ir_version=13)) == [], name
+
+
+@pytest.mark.parametrize("opset", [11, 18, NEWEST])
+def test_other_normalizations_are_no_norms(opset: int) -> None:
+    nodes = {
+        "batch": "o = BatchNormalization(h, channel, channel, channel, channel)",
+        "instance": "o = InstanceNormalization(h, channel, channel)",
+        "L2": "o = LpNormalization<axis = -1, p = 2>(h)",
+        "local response": "o = LRN<size = 3>(h)",
+        "softmax": "o = Softmax<axis = -1>(h)",
+        "mean and variance": "o = MeanVarianceNormalization<axes = [2]>(h)",
+        "group, through instances": "w = Reshape(h, groups) i = InstanceNormalization(w, one16, one16) f = Shape(h) "
+        "o = Reshape(i, f)",
+    }
+    if opset >= 21:
+        nodes["group"] = "o = GroupNormalization<num_groups = 1>(h, channel, channel)"
+    for name, text in nodes.items():
+        model = model_of(
+            text, opset=opset, ir_version=13, channel=np.ones(5, dtype=np.float32), one16=np.ones(1, dtype=np.float32),
+            groups=np.array([0, 1, -1]),
+        )  # fmt: skip
+        assert find(model) == [], name
+
+
 def test_opset_11_is_found_but_lacks_the_integer_operators() -> None:
     model = model_of(LAYERNORMS["torch"][0], opset=11)
     assert_is(find(model)[0], "layernorm")

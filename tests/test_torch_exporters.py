@@ -1,0 +1,118 @@
+"""What torch's exporters write of each spelling of a norm: found, calibrated, replaced and exact."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from fxp_layernorm import export
+from fxp_layernorm.calibration import calibrate_model
+from fxp_layernorm.runtime import Feeds
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript", reason="torch's newer exporter needs onnxscript, which takes minutes here")
+nn = torch.nn
+N = 16
+
+
+class Spelled(nn.Module):  # type: ignore[misc, name-defined]
+    """A norm of the last dimension as people write it: by the name of the spelling."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        size = 5 if spelling == "channels first" else N
+        self.spelling, self.a, self.b = spelling, nn.Parameter(torch.ones(size)), nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Any) -> Any:
+        a, b = self.a, self.b
+        axis = 1 if self.spelling == "channels first" else -1
+        mean = x.mean(axis, keepdim=True)
+        if self.spelling == "deviation":  # the annotated transformer's
+            return a * (x - mean) / (x.std(-1, keepdim=True) + 1e-6) + b
+        if self.spelling == "variance of n - 1":
+            return a * (x - mean) / torch.sqrt(x.var(-1, keepdim=True) + 1e-6) + b
+        if self.spelling == "variance":
+            return a * (x - mean) * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-6) + b
+        if self.spelling == "moments":
+            square = (x * x).mean(-1, keepdim=True) - mean * mean
+            return a * (x - mean) / torch.sqrt(square.clamp(min=0) + 1e-6) + b
+        if self.spelling == "channels first":  # ConvNeXt's
+            square = (x - mean).pow(2).mean(1, keepdim=True)
+            return a[:, None] * ((x - mean) / torch.sqrt(square + 1e-6)) + b[:, None]
+        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return a * (x * root) if self.spelling == "Llama" else (x.float() * root) * (1 + a)
+
+
+SPELLINGS = ("deviation", "variance of n - 1", "variance", "moments", "channels first", "Llama", "Gemma")
+MODULES: dict[str, Callable[[], Any]] = {
+    "LayerNorm": lambda: nn.LayerNorm(N),
+    "two dimensions": lambda: nn.LayerNorm((5, N)),
+    "no affine": lambda: nn.LayerNorm(N, elementwise_affine=False),
+    "no bias": lambda: nn.LayerNorm(N, bias=False),
+    "RMSNorm": lambda: nn.RMSNorm(N),
+    "encoder": lambda: nn.TransformerEncoderLayer(N, 2, 32, batch_first=True),
+    **{name: partial(Spelled, name) for name in SPELLINGS},
+}
+#: What only resembles a norm.
+OTHERS: dict[str, Callable[[], Any]] = {
+    "batch": lambda: nn.BatchNorm1d(5), "instance": lambda: nn.InstanceNorm1d(5, affine=True),
+    "group": lambda: nn.GroupNorm(1, 5),
+}  # fmt: skip
+
+
+def exported(module: Any, exporter: str, opset: int) -> onnx.ModelProto:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.uniform_(0.5, 1.5)
+    whole, x = nn.Sequential(nn.ReLU(), module, nn.Tanh()).eval(), torch.randn(2, 5, N)
+    logging.disable(logging.CRITICAL)
+    try:
+        if exporter == "dynamo":
+            shapes = ({0: torch.export.Dim("batch")},)
+            program = torch.onnx.export(
+                whole, (x,), dynamo=True, opset_version=opset, input_names=["x"], dynamic_shapes=shapes, verbose=False
+            )
+            return program.model_proto  # type: ignore[no-any-return]
+        file = io.BytesIO()
+        torch.onnx.export(
+            whole, (x,), file, dynamo=False, opset_version=opset, input_names=["x"], dynamic_axes={"x": {0: "batch"}}
+        )
+        return onnx.load_from_string(file.getvalue())
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("exporter", "opset"), [("trace", 13), ("trace", 17), ("dynamo", 18), ("dynamo", 23)])
+@pytest.mark.parametrize("name", MODULES)
+def test_norms_of_torch(name: str, exporter: str, opset: int) -> None:
+    if exporter == "trace" and (name == "RMSNorm" or (name == "encoder" and opset < 14)):
+        pytest.skip("the tracing exporter doesn't know the operator")
+    model = exported(MODULES[name](), exporter, opset)
+    found = export.find_norms(export.load_model(model))
+    assert [norm.blocker for norm in found] == [None] * (2 if name == "encoder" else 1)
+    rng = np.random.default_rng(0)
+    data = Feeds([{"x": rng.normal(size=(3, 5, N)).astype(np.float32)}])
+    params = calibrate_model(model, data, "int16", "int16")
+    integer = export.quantize_model(model, params, form="inline", opset=None if opset > 13 else 17)
+    onnx.checker.check_model(integer, full_check=True)
+    result = export.verify(model, integer, params, data)
+    assert result.exact
+    assert result.outputs[0].cosine > 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("exporter", "opset"), [("trace", 13), ("trace", 17), ("dynamo", 18), ("dynamo", 23)])
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_torch_has_besides(name: str, exporter: str, opset: int) -> None:
+    assert export.find_norms(export.load_model(exported(OTHERS[name](), exporter, opset))) == []
