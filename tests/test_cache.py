@@ -64,6 +64,17 @@ def test_an_edit_of_a_primitive_is_never_answered_from_the_cache(copy: Path, tmp
     assert python(RUN, env) != before
 
 
+def test_nor_is_an_edit_of_the_vectors(copy: Path, tmp_path: Path) -> None:
+    env = environment(copy, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    python(CHECK, env)
+    before = {path.name for path in (tmp_path / "cache").rglob("*.nbc")}
+    with (copy / "fxp_layernorm" / "vectors.py").open("a", encoding="utf-8") as source:
+        source.write("# an edit\n")
+    python(CHECK, env)
+    kernels = {path.name for path in (tmp_path / "cache").rglob("kernels.run*.nbc")}
+    assert len(kernels - before) == len(kernels & before) > 0
+
+
 def test_a_process_with_a_warm_cache_compiles_nothing(copy: Path, tmp_path: Path) -> None:
     env = environment(copy, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
     python(RUN, env)
