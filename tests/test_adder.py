@@ -82,7 +82,7 @@ def test_the_codes_of_the_sum_round_half_up(sum_shift: int, u: tuple[int, ...], 
     assert FxpLayerNorm(spec).with_sum(q)[1].tolist() == [list(expected)]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     specs(st.integers(1, 30), inputs=[*NARROW, *WIDE], residuals=[None, *NARROW, *NARROW, *WIDE]), st.integers(0, 99)
 )

@@ -45,7 +45,7 @@ def views(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[Codes, Codes]:
     return buffer, view
 
 
-@settings(max_examples=100)
+@settings(max_examples=80)
 @given(st.data())
 def test_any_views_of_any_arrays(data: st.DataObject) -> None:
     """The codes are those of copies, and nothing is written but the output."""
