@@ -316,19 +316,8 @@ def _ranked(points: list[Point], order: dict[Format, int]) -> tuple[Point, ...]:
 def _of_layer(layer: LayerNorm | RMSNorm, samples: Any) -> tuple[_Evaluate, str, str]:
     observer = NormObserver(layer)
     each_sample(samples, lambda array: observer.update(array, first=observer.rows))
-    calibration = NormCalibration(layer, observer)
-    if not observer.rows:
-        raise DataError("there is no row to sweep with")
-    rows = stacked(observer.sample.rows().astype(np.float64), layer.normalized_shape, layer.axes)
-    expected = layer(rows)
-
-    def evaluate(options: CalibrationOptions) -> tuple[list[tuple[LayerNormSpec, int]], OutputCheck]:
-        spec = calibration.spec(options)
-        check = OutputCheck("y")
-        check.update(expected, FxpLayerNorm(spec, threads=1).forward(rows))
-        return [(spec, observer.rows)], check
-
-    return evaluate, "the norm's output", f"{len(rows)} of {observer.rows} rows"
+    evaluate, described = _of_observed(layer, observer)
+    return evaluate, "the norm's output", described
 
 
 def _of_norm(model: Model, feeds: Feeds, name: str) -> tuple[_Evaluate, str, str]:
@@ -339,10 +328,29 @@ def _of_norm(model: Model, feeds: Feeds, name: str) -> tuple[_Evaluate, str, str
     norm = found[name]
     if norm.layer is None:
         raise ModelError(f"the norm {name!r} can't be replaced: {norm.blocker}")
-    session = Session(loaded, {norm.input: norm.normalized_shape})
-    samples = (session.run(feed)[norm.input] for feed in feeds)
-    evaluate, _, described = _of_layer(norm.layer, samples)
+    session = Session(loaded, dict.fromkeys((norm.input, norm.output), norm.normalized_shape))
+    observer = NormObserver(norm.layer)
+    for index, feed in enumerate(feeds):
+        values = session.run(feed)
+        observer.update(values[norm.input], values[norm.output], feed=index)
+    evaluate, described = _of_observed(norm.layer, observer)
     return evaluate, f"the output of the norm {name}", described
+
+
+def _of_observed(layer: LayerNorm | RMSNorm, observer: NormObserver) -> tuple[_Evaluate, str]:
+    if not observer.rows:
+        raise DataError("there is no row to sweep with")
+    calibration = NormCalibration(layer, observer)
+    rows = stacked(observer.sample.rows(), layer.normalized_shape, layer.axes)
+    expected = layer(rows.astype(np.float64))
+
+    def evaluate(options: CalibrationOptions) -> tuple[list[tuple[LayerNormSpec, int]], OutputCheck]:
+        spec = calibration.spec(options)
+        check = OutputCheck("y")
+        check.update(expected, FxpLayerNorm(spec, threads=1).forward(rows))
+        return [(spec, observer.rows)], check
+
+    return evaluate, f"{len(rows)} of {observer.rows} rows"
 
 
 def _of_model(model: Model, feeds: Feeds) -> tuple[_Evaluate, str, str]:
