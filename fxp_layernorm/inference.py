@@ -100,7 +100,16 @@ class FxpLayerNorm:
         # the whole check takes as long as the row of 768 elements that it guards
         simple = self._simple and residual is None and type(q) is np.ndarray and q.dtype is self._in_dtype
         if simple and q.ndim == 2 and q.shape[1:] == self._shape:  # type: ignore[union-attr]
-            operands: list[_Array] = [q]  # type: ignore[list-item]
+            codes: _Array = q  # type: ignore[assignment]
+            flags = codes.flags
+            alone = out is None and self.threads is None and (threads is None or threads == 1)
+            if alone and flags.c_contiguous and flags.aligned and codes.size < 2 * THREAD_ELEMENTS:
+                result = np.empty(codes.shape, dtype=self._out_dtype)
+                rows = codes.view()
+                rows.flags.writeable = False
+                _kernel()(rows, result, *self._arguments)
+                return result
+            operands: list[_Array] = [codes]
         else:
             operands = check_operands(self.spec, q, residual)
         return self._call(operands, out, None, threads)
