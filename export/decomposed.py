@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from ..proof import NormKind
 from .evaluation import MEASURES, Array, Evaluator
+from .statistic import Statistic
 
 _REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}
 #: What a value of the same meaning passes through.
@@ -43,8 +44,6 @@ _TOLERANCE = 1e-5
 _TRIALS = ((1.0, 0.7), (3.0, 1.0), (-1.0, 1e12))
 #: What may stand under a root, and whether it is divided by n - 1.
 _VARIANCES = ((NormKind.RMSNORM, False), (NormKind.LAYERNORM, False), (NormKind.LAYERNORM, True))
-#: The least scale in place of one where eps decides, where it is 0.
-_LEAST = 1e-15
 
 
 @dataclass(frozen=True)
@@ -96,61 +95,6 @@ def find_decomposed(graph: ir.Graph, evaluator: Evaluator) -> list[Decomposed]:
     return list(found.values())
 
 
-@dataclass(frozen=True)
-class _Statistic:
-    """What the deviations are divided by: a root, with eps under it or beside it.
-
-    Attributes
-    ----------
-    kind : NormKind
-    axes : tuple of int
-    unbiased : bool
-        Whether the sum of squares is divided by n - 1.
-    epsilon : float
-    outside : bool
-        Whether epsilon is added to the root.
-    """
-
-    kind: NormKind
-    axes: tuple[int, ...]
-    unbiased: bool
-    epsilon: float
-    outside: bool = False
-
-    def inner(self, x: Array) -> tuple[Array, Array]:
-        """Return x, centred for LayerNorm, and its mean square; both keep their dimensions."""
-        if self.kind is NormKind.LAYERNORM:
-            x = x - x.mean(axis=self.axes, keepdims=True)
-        return x, np.square(x).mean(axis=self.axes, keepdims=True) * self.correction(self.count(x))
-
-    def count(self, x: Array) -> int:
-        """Return n, the number of elements that are normalized together."""
-        return math.prod(x.shape[axis] for axis in self.axes)
-
-    def correction(self, n: int) -> float:
-        """Return the ratio of the variance that is meant to the biased one."""
-        return n / (n - 1) if self.unbiased else 1.0
-
-    def divisor(self, square: Array) -> Array:
-        """Return what the deviations are divided by."""
-        return np.asarray(np.sqrt(square) + self.epsilon if self.outside else np.sqrt(square + self.epsilon))
-
-    @property
-    def unit(self) -> float:
-        """The deviation at which eps decides."""
-        return max(self.epsilon if self.outside else math.sqrt(self.epsilon), _LEAST)
-
-    def normalize(self, x: Array) -> Array:
-        """Return the normalized x as a matrix, the normalized axes last."""
-        x, square = self.inner(x)
-        return self.rows(x / self.divisor(square))
-
-    def rows(self, x: Array) -> Array:
-        """Return x as a matrix, the normalized axes last."""
-        last = range(-len(self.axes), 0)
-        return np.moveaxis(x, self.axes, last).reshape(-1, self.count(x))
-
-
 class _Finder:
     """Walks a graph and evaluates parts of it."""
 
@@ -175,7 +119,7 @@ class _Finder:
 
     def norm(self, argument: ir.Value) -> Decomposed | None:
         """Return the norm with the root of `argument`: a LayerNorm before an RMSNorm, of the nearest x."""
-        nearest: tuple[ir.Value, _Statistic] | None = None
+        nearest: tuple[ir.Value, Statistic] | None = None
         most = _MOST_NODES
         for x, nodes in self._inputs(argument):
             if len(nodes) > most:
@@ -203,7 +147,7 @@ class _Finder:
             open_values.update(value for value in latest.inputs if value is not None and not given(value))
             nodes.append(latest)
 
-    def _statistic(self, x: ir.Value, nodes: list[ir.Node], argument: ir.Value) -> _Statistic | None:
+    def _statistic(self, x: ir.Value, nodes: list[ir.Node], argument: ir.Value) -> Statistic | None:
         """Return what `argument` is of x, where it is a variance or a mean square plus eps."""
         rng = np.random.default_rng(1)
         for whole in (False, True):
@@ -221,7 +165,7 @@ class _Finder:
             for count in range(1, len(shape) + 1):
                 for axes in sorted(itertools.combinations(range(-len(shape), 0), count), reverse=True):
                     for kind, unbiased in _VARIANCES:
-                        statistic = _Statistic(kind, axes, unbiased, epsilon)
+                        statistic = Statistic(kind, axes, unbiased, epsilon)
                         if unbiased and statistic.count(value) == 1:
                             continue
                         square = statistic.inner(value)[1]
@@ -229,7 +173,7 @@ class _Finder:
                             return statistic
         return None
 
-    def _region(self, x: ir.Value, statistic: _Statistic) -> Decomposed | None:
+    def _region(self, x: ir.Value, statistic: Statistic) -> Decomposed | None:
         """Return the norm from x to the last value that is one."""
         nodes = self._consumers(x)
         for whole in (False, True):
@@ -240,8 +184,8 @@ class _Finder:
         return None
 
     def _with_eps_outside(
-        self, x: ir.Value, statistic: _Statistic, nodes: list[ir.Node], *, whole: bool
-    ) -> Iterator[_Statistic]:
+        self, x: ir.Value, statistic: Statistic, nodes: list[ir.Node], *, whole: bool
+    ) -> Iterator[Statistic]:
         """Yield the statistic with what the nodes add to the root, where nothing is added under it."""
         shape = self._sizes(x, nodes, statistic.axes, whole=whole)
         if statistic.epsilon or shape is None:
@@ -258,7 +202,7 @@ class _Finder:
             if _like(result, shape, square) and _close(result, possible.divisor(square), shape):
                 yield possible
 
-    def _found(self, x: ir.Value, statistic: _Statistic, fits: dict[ir.Value, tuple[Array, Array]]) -> Decomposed:
+    def _found(self, x: ir.Value, statistic: Statistic, fits: dict[ir.Value, tuple[Array, Array]]) -> Decomposed:
         """Return the norm from x to the last value that is one, with the parameters of the biased variance."""
         output = _last(fits)
         members, used = self._members(x, output)
@@ -277,7 +221,7 @@ class _Finder:
         )  # fmt: skip
 
     def _fits(
-        self, x: ir.Value, statistic: _Statistic, nodes: list[ir.Node], *, whole: bool
+        self, x: ir.Value, statistic: Statistic, nodes: list[ir.Node], *, whole: bool
     ) -> dict[ir.Value, tuple[Array, Array]]:
         """Return gamma and beta of each value that is the norm of x on all trials, the nearest value first."""
         rng = np.random.default_rng(2)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from onnx_ir.tape import Tape
@@ -20,7 +19,7 @@ from ..quantization import DType, QuantParams
 from ..runtime import load_external_data
 from ..spec import LayerNormSpec
 from . import floating, fused, subgraph
-from .floating import constant
+from .border import dequantize, quantize
 from .loading import Model, load_model, restore
 from .names import unique_name
 from .norms import Norm, find_norms
@@ -289,9 +288,9 @@ def _replace(
         results = {old: y}
     else:
         residual = None if border is None else border.residual_codes
-        codes_in = border.codes if border else _quantize(tape, x, spec, spec.input, opset)
+        codes_in = border.codes if border else quantize(tape, x, spec, spec.input, opset)
         if add is not None and spec.residual is not None:
-            residual = _quantize(tape, add.addends[1], spec, spec.residual, opset)
+            residual = quantize(tape, add.addends[1], spec, spec.residual, opset)
         codes_out, functions, stages = _append(
             tape, spec, codes_in, rank=len(x.shape) if x.shape is not None else None, form=form, word=word,
             name=norm.name, opset=opset, residual=residual,
@@ -301,12 +300,12 @@ def _replace(
             nodes, place = (*norm.nodes, *border.nodes), border.place(norm)
             unused += border.unused
         else:
-            results = {old: _dequantize(tape, codes_out, spec, spec.output, opset, old.dtype)}
+            results = {old: dequantize(tape, codes_out, spec, spec.output, opset, old.dtype)}
         if add is not None:
             place = add.node
             nodes = nodes if add.shared and spec.sum_output is None else (*nodes, add.node)
             if spec.sum_output is not None:
-                results[add.total] = _dequantize(tape, stages["w"], spec, spec.sum_output, opset, add.total.dtype)
+                results[add.total] = dequantize(tape, stages["w"], spec, spec.sum_output, opset, add.total.dtype)
     codes_sum = stages.pop("w", None)
     roles = {codes_in: "codes_in", codes_out: "codes_out", **{value: letter for letter, value in stages.items()}}
     if codes_sum is not None:
@@ -393,63 +392,6 @@ def _shape(spec: LayerNormSpec, leading: Sequence[str | int]) -> list[str | int]
     sizes: dict[int, int] = dict(zip(spec.axes, spec.normalized_shape, strict=True))
     others = iter(leading)
     return [sizes[axis] if axis in sizes else next(others) for axis in range(-rank, 0)]
-
-
-def _quantize(tape: Tape, x: ir.Value, spec: LayerNormSpec, params: QuantParams, opset: int) -> ir.Value:
-    """Append ``clamp(round(x / 2**e / scale) + zero_point)``, as `QuantParams.quantize` computes it in float32."""
-    op = tape.op
-    if x.dtype != ir.DataType.FLOAT:
-        x = op("Cast", [x], {"to": ir.DataType.FLOAT})
-    if params.exponents is not None:
-        x = op("Mul", [x, constant(tape, _powers(spec, params, -1))])
-    if params.channel_scales is not None:
-        x = op("Div", [x, constant(tape, _scales(spec, params))])
-    dtype, scale = params.dtype.numpy, constant(tape, _shared_scale(params))
-    whole = (params.lo, params.hi) == (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    if whole and opset >= (13 if dtype.itemsize == 1 else 21):  # the first opset whose QuantizeLinear has the type
-        return op("QuantizeLinear", [x, scale, constant(tape, dtype.type(params.zero_point))])
-    x = op("Add", [op("Round", [op("Div", [x, scale])]), constant(tape, np.float32(params.zero_point))])
-    low, high = (constant(tape, np.float32(end)) for end in (params.lo, params.hi))
-    return op("Cast", [op("Clip", [x, low, high])], {"to": ir.DataType.from_numpy(dtype)})
-
-
-def _dequantize(
-    tape: Tape, q: ir.Value, spec: LayerNormSpec, params: QuantParams, opset: int, dtype: ir.DataType | None
-) -> ir.Value:
-    """Append ``(q - zero_point) * scale * 2**f``, as `QuantParams.dequantize` computes it, in the old output's type."""
-    op = tape.op
-    scale = constant(tape, _shared_scale(params))
-    # the first opset whose DequantizeLinear has the type, and for 8 bits the first that ONNX's own reference runs
-    if opset >= (19 if params.dtype.numpy.itemsize == 1 else 21):
-        y = op("DequantizeLinear", [q, scale, constant(tape, params.dtype.numpy.type(params.zero_point))])
-    else:
-        y = op("Cast", [q], {"to": ir.DataType.FLOAT})
-        y = op("Mul", [op("Sub", [y, constant(tape, np.float32(params.zero_point))]), scale])
-    if params.exponents is not None:
-        y = op("Mul", [y, constant(tape, _powers(spec, params, 1))])
-    if params.channel_scales is not None:
-        y = op("Mul", [y, constant(tape, _scales(spec, params))])
-    return y if dtype in (None, ir.DataType.FLOAT) else op("Cast", [y], {"to": dtype})
-
-
-def _shared_scale(params: QuantParams) -> np.float32:
-    """Return the scale of all channels, 1 where each has its own."""
-    return np.float32(params.scale if params.channel_scales is None else 1)
-
-
-def _scales(spec: LayerNormSpec, params: QuantParams) -> npt.NDArray[np.float32]:
-    return params.channel_steps(spec.n).astype(np.float32).reshape(_broadcast(spec))
-
-
-def _powers(spec: LayerNormSpec, params: QuantParams, sign: int) -> npt.NDArray[np.float32]:
-    exponents = np.array(params.channel_exponents(spec.n), dtype=np.float32)
-    return np.exp2(sign * exponents).reshape(_broadcast(spec))
-
-
-def _broadcast(spec: LayerNormSpec) -> list[int]:
-    """Return the shape of what differs by channel: that of a norm's input from the first normalized dimension on."""
-    sizes = dict(zip(spec.axes, spec.normalized_shape, strict=True))
-    return [sizes.get(axis, 1) for axis in range(spec.axes[0], 0)]
 
 
 def _name(tape: Tape, norm: str, taken: set[str], roles: dict[ir.Value, str]) -> None:

@@ -1,0 +1,69 @@
+"""The float border of a norm in a model: real values to codes and back (section 8 of docs/arithmetic.md)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from ..quantization import QuantParams
+from ..spec import LayerNormSpec
+from .floating import constant
+
+
+def quantize(tape: Tape, x: ir.Value, spec: LayerNormSpec, params: QuantParams, opset: int) -> ir.Value:
+    """Append ``clamp(round(x / 2**e / scale) + zero_point)``, as `QuantParams.quantize` computes it in float32."""
+    op = tape.op
+    if x.dtype != ir.DataType.FLOAT:
+        x = op("Cast", [x], {"to": ir.DataType.FLOAT})
+    if params.exponents is not None:
+        x = op("Mul", [x, constant(tape, _powers(spec, params, -1))])
+    if params.channel_scales is not None:
+        x = op("Div", [x, constant(tape, _scales(spec, params))])
+    dtype, scale = params.dtype.numpy, constant(tape, _shared_scale(params))
+    whole = (params.lo, params.hi) == (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    if whole and opset >= (13 if dtype.itemsize == 1 else 21):  # the first opset whose QuantizeLinear has the type
+        return op("QuantizeLinear", [x, scale, constant(tape, dtype.type(params.zero_point))])
+    x = op("Add", [op("Round", [op("Div", [x, scale])]), constant(tape, np.float32(params.zero_point))])
+    low, high = (constant(tape, np.float32(end)) for end in (params.lo, params.hi))
+    return op("Cast", [op("Clip", [x, low, high])], {"to": ir.DataType.from_numpy(dtype)})
+
+
+def dequantize(
+    tape: Tape, q: ir.Value, spec: LayerNormSpec, params: QuantParams, opset: int, dtype: ir.DataType | None
+) -> ir.Value:
+    """Append ``(q - zero_point) * scale * 2**f``, as `QuantParams.dequantize` computes it, in the old output's type."""
+    op = tape.op
+    scale = constant(tape, _shared_scale(params))
+    # the first opset whose DequantizeLinear has the type, and for 8 bits the first that ONNX's own reference runs
+    if opset >= (19 if params.dtype.numpy.itemsize == 1 else 21):
+        y = op("DequantizeLinear", [q, scale, constant(tape, params.dtype.numpy.type(params.zero_point))])
+    else:
+        y = op("Cast", [q], {"to": ir.DataType.FLOAT})
+        y = op("Mul", [op("Sub", [y, constant(tape, np.float32(params.zero_point))]), scale])
+    if params.exponents is not None:
+        y = op("Mul", [y, constant(tape, _powers(spec, params, 1))])
+    if params.channel_scales is not None:
+        y = op("Mul", [y, constant(tape, _scales(spec, params))])
+    return y if dtype in (None, ir.DataType.FLOAT) else op("Cast", [y], {"to": dtype})
+
+
+def _shared_scale(params: QuantParams) -> np.float32:
+    """Return the scale of all channels, 1 where each has its own."""
+    return np.float32(params.scale if params.channel_scales is None else 1)
+
+
+def _scales(spec: LayerNormSpec, params: QuantParams) -> npt.NDArray[np.float32]:
+    return params.channel_steps(spec.n).astype(np.float32).reshape(_broadcast(spec))
+
+
+def _powers(spec: LayerNormSpec, params: QuantParams, sign: int) -> npt.NDArray[np.float32]:
+    exponents = np.array(params.channel_exponents(spec.n), dtype=np.float32)
+    return np.exp2(sign * exponents).reshape(_broadcast(spec))
+
+
+def _broadcast(spec: LayerNormSpec) -> list[int]:
+    """Return the shape of what differs by channel: that of a norm's input from the first normalized dimension on."""
+    sizes = dict(zip(spec.axes, spec.normalized_shape, strict=True))
+    return [sizes.get(axis, 1) for axis in range(spec.axes[0], 0)]
