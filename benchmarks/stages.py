@@ -33,7 +33,9 @@ def moments(q, S, Q, exponents, constants, accumulator, in_bytes, in_words):  # 
     vectors.widest()
     zero_point, chunk, split, height = constants[0], constants[8], constants[10] != 0, constants[12]
     for i in range(S.size):
-        S[i], Q[i] = kernels.moments(q, i, zero_point, exponents, accumulator, chunk, split, in_bytes, in_words, height)
+        S[i], Q[i] = kernels.moments(
+            q, i, q.shape[1], zero_point, exponents, accumulator, chunk, split, in_bytes, in_words, height
+        )
 
 
 @_jit
