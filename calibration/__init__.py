@@ -9,8 +9,10 @@ from .engine import Engine, LocalEngine
 from .layers import NormCalibration, calibrate
 from .models import ModelCalibration, calibrate_model
 from .norms import NormObserver
+from .objective import ModelObjective, Quality
 from .options import CalibrationOptions, Method, SideOptions
 from .quantized import QuantizedNorms, quantized_norms
+from .tuning import Side, Tuned, tune_model
 
 __all__ = [
     "CalibrationOptions",
@@ -18,11 +20,16 @@ __all__ = [
     "LocalEngine",
     "Method",
     "ModelCalibration",
+    "ModelObjective",
     "NormCalibration",
     "NormObserver",
+    "Quality",
     "QuantizedNorms",
+    "Side",
     "SideOptions",
+    "Tuned",
     "calibrate",
     "calibrate_model",
     "quantized_norms",
+    "tune_model",
 ]

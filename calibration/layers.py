@@ -57,7 +57,7 @@ class NormCalibration:
         smallest = search.smallest_input_scale(layer.n, layer.eps)
         sample = search.Sample(rows, self._input_weights(rows), input_cost)
         input = search.choose(seen.input, options.input, sample, smallest)
-        return plan(layer, input, self._output(options, expected), lane=options.lane, hardware=options.hardware)
+        return self.plan(input, self._output(options, expected), options)
 
     def _output(self, options: CalibrationOptions, expected: Floats) -> QuantParams:
         """Return the output's parameters; `expected` is a sample of the outputs."""
@@ -104,6 +104,10 @@ class NormCalibration:
             layer, input, self._output(options, expected), residual=residual, sum_output=sum_output, lane=options.lane,
             hardware=options.hardware,
         )  # fmt: skip
+
+    def plan(self, input: QuantParams, output: QuantParams, options: CalibrationOptions) -> LayerNormSpec:
+        """Return the spec for these quantization parameters, with the options' lane and hardware."""
+        return plan(self.layer, input, output, lane=options.lane, hardware=options.hardware)
 
     def _input_weights(self, rows: Floats) -> Floats:
         """Return what a small squared error of each input value adds to that of the norm's outputs.

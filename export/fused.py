@@ -103,7 +103,8 @@ def split(node: ir.Node, opset: int) -> ir.Node:
     gamma, beta = parameters(node)
     attributes = {"epsilon": node.attributes.get_float("epsilon", 1e-12), "axis": -1}
     name = next(name for name, found in _KINDS.items() if found is kind(node))
-    y = tape.op(name, [total, gamma, beta], attributes, name=node.name)
+    inputs = [total, gamma] if beta is None else [total, gamma, beta]  # ONNX Runtime crashes on an empty last input
+    y = tape.op(name, inputs, attributes, name=node.name)
     old, new = [node.outputs[0], node.outputs[_PLACES[node.op_type][-1]]], [y, total]
     if node.op_type == "EmbedLayerNormalization" and len(node.outputs) > 1 and node.outputs[1].name:
         old.append(node.outputs[1])

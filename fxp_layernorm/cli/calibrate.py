@@ -9,7 +9,7 @@ import click
 
 from ..hardware import PRESETS
 from ..quantization import DType
-from . import common
+from . import common, model_output
 
 #: By name, as `fxp_layernorm.calibration` is imported only when the command runs.
 _METHODS = click.Choice(["minmax", "moving_average", "percentile", "mse", "entropy"])
@@ -81,16 +81,29 @@ _TYPES = click.Choice([dtype.value for dtype in DType])
     "--scheduler", metavar="ADDRESS",
     help="The Dask cluster's scheduler, as tcp://host:8786. [default: worker processes on this machine]",
 )  # fmt: skip
+@click.option(
+    "--objective", type=click.Choice(["model", "norm"]), default="model", show_default=True,
+    help="What the method mse serves. model: the model's outputs, on the first of the data, starting from norm: each "
+    "norm's own output.",
+)  # fmt: skip
+@click.option(
+    "--target", metavar="METRIC=VALUE",
+    help="Find for each norm the cheapest of 8 and 16 bits, with channel exponents or without, with which the model's "
+    "outputs reach cosine=, sqnr_db= or max_lsb= (of 255 steps) against the float model's. Exits with 1 if none does.",
+)  # fmt: skip
 @common.json_option
 def calibrate(
     model: Path, data: str | None, out: Path, input_type: str, output_type: str, lane: str | None, state: Path | None,
-    engine: str, scheduler: str | None, fuse_residual: bool, as_json: bool, **chosen: Any,
+    engine: str, scheduler: str | None, fuse_residual: bool, objective: str, target: str | None, as_json: bool,
+    **chosen: Any,
 ) -> None:  # fmt: skip
     """Run MODEL on real data, observe each of its norms, and write their integer parameters.
 
-    The model runs once over the data, a feed on each core; memory is bounded by the activations of these feeds. Norms
-    that stand between DequantizeLinear and QuantizeLinear keep the types and scales that MODEL has for them; where all
-    do, no data is needed.
+    The model runs once over the data, a feed on each core; memory is bounded by the activations of these feeds. Then
+    it runs some dozens of times on the first few, to choose scales by what they do to its outputs.
+
+    Norms that stand between DequantizeLinear and QuantizeLinear keep the types and scales that MODEL has for them;
+    where all do, no data is needed.
 
     \b
     Examples:
@@ -98,6 +111,7 @@ def calibrate(
       fxp-layernorm calibrate model.onnx --data feeds.npz -o params.json --input int16 --output int16
       fxp-layernorm calibrate model.onnx --data my.module:feeds -o params.json --exponents 3
       fxp-layernorm calibrate model.onnx --data feeds/ -o params.json --resume observed.npz --engine dask
+      fxp-layernorm calibrate model.onnx --data feeds/ -o params.json --target cosine=0.999
       fxp-layernorm calibrate quantized.onnx -o params.json
     """
     from ..calibration import CalibrationOptions, ModelCalibration, quantized_norms
@@ -105,7 +119,9 @@ def calibrate(
     from ..runtime import Feeds
 
     output = common.Output(as_json)
+    goal = model_output.parse(target, data)
     options = CalibrationOptions.of(input_type, output_type, lane=int(lane) if lane else None, **chosen)
+    outcome = model_output.Outcome()
     if data is None:
         found = quantized_norms(model, lane=options.lane, hardware=options.hardware)
         params, skipped, source = found.params, found.skipped, "with the model's own parameters"
@@ -115,6 +131,9 @@ def calibrate(
         with output.progress("Calibrating", len(feeds)) as advance:
             calibration.observe(feeds, advance, engine=parse_engine(engine, scheduler), state=state)
         params = calibration.params(options)
+        if goal is not None or objective == "model":
+            outcome = model_output.run(model, calibration, feeds, params, options, goal, output)
+            params = outcome.params or params
         skipped = {norm.name: norm.blocker or "" for norm in calibration.skipped}
         source = f"{input_type} -> {output_type}, calibrated on {common.count(params.feeds, 'feed')}"
     params.save(out)
@@ -138,12 +157,14 @@ def calibrate(
         ],
         "feeds": params.feeds, "params": str(out),
     }  # fmt: skip
+    document |= outcome.document
     columns = ("norm", "n", "rows", "lane", "proved excess, LSB", "SQNR, dB")
     rows = [
         (norm.name, norm.spec.n, norm.rows, norm.spec.lane, float(norm.spec.excess), norm.sqnr_db)
         for norm in params.norms
     ]
     tables = [common.table(f"{model.name}: {source}", columns, rows)]
+    tables += outcome.tables
     if skipped:
         tables.append(common.table("Norms that stay float", ("norm", "because"), list(skipped.items())))
     output.result(document, *tables)
@@ -151,4 +172,7 @@ def calibrate(
         click.echo(f"Warning: norm {warning.norm}: {warning.text}", err=True)
     warned = f", {common.count(len(params.warnings), 'warning')}" if params.warnings else ""
     left = f", {len(skipped)} stay float" if skipped else ""
-    output.close(f"{common.count(len(params.norms), 'norm')} calibrated into {out}{left}{warned}")
+    output.close(
+        f"{common.count(len(params.norms), 'norm')} calibrated into {out}{left}{warned}{outcome.closing}",
+        passed=outcome.met,
+    )

@@ -47,14 +47,23 @@ def demo(out: Path, as_json: bool) -> None:
         shutil.copyfile(source, temporary)
     texts = run.texts()
     first = run.CALIBRATION_TEXTS
-    seen = run.write_feeds(out / "calibration", list(run.feeds(texts[:first])))
+    # one text a feed: what pads shorter ones means nothing to the model, and should not weigh in the calibration
+    seen = run.write_feeds(out / "calibration", list(run.feeds(texts[:first], batch=1)))
     held_out = run.write_feeds(out / "held_out", list(run.feeds(texts[first : first + run.HELD_OUT_TEXTS])))
 
     calibration = ModelCalibration(model)
     with output.progress(f"Calibrating on {first} texts", len(seen)) as advance:
         calibration.observe(seen, advance)
+    with output.progress("Choosing scales", len(run.VARIANTS)) as advance:
+        params = {}
+        for variant in run.VARIANTS:
+            params[variant.name] = calibration.params(variant.options)
+            advance()
+    chosen = run.VARIANTS[0].name
+    with output.progress("Tuning them for the model's outputs", 2 * len(params[chosen].norms)) as advance:
+        params[chosen] = run.tuned(calibration, seen, params[chosen], advance)
     with output.progress(f"Comparing on {run.HELD_OUT_TEXTS} held-out texts", len(held_out)) as advance:
-        results = run.evaluate(calibration, held_out, advance)
+        results = run.evaluate(params, held_out, advance)
 
     best, per_tensor = results[0], next(r for r in results if r.variant.name == "int8_per_tensor")
     best.params.save(out / "params.json")

@@ -1,0 +1,140 @@
+"""A float model whose norms are quantized as it runs, with parameters that need no new session.
+
+What a choice of scales costs the model is measured on this one: every norm rounds its input and its output as its codes
+would, and computes in floats between them. The integers in between lose a hundredth of that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from ..export import fused
+from ..export.loading import Model, load_model
+from ..export.norms import Norm, find_norms
+from ..export.qdq import input_value
+from ..layer import LayerNorm, RMSNorm
+from ..quantization import QuantParams
+from ..runtime import Feed, Session
+
+_PREFIX = "fxp_layernorm.simulated"
+#: A step so fine that float32 values pass as they are, and the largest code that is not infinite.
+_UNQUANTIZED_STEP, _UNQUANTIZED_CODE = 2.0**-40, float(np.finfo(np.float32).max)
+
+#: The quantization of a norm's input and output; None is float.
+Sides = tuple[QuantParams | None, QuantParams | None]
+
+
+class Simulation:
+    """Runs a model with the input and output of its norms quantized.
+
+    Parameters
+    ----------
+    model : path, onnx.ModelProto or onnx_ir.Model
+    norms : iterable of str
+        The names of the norms that may be quantized; all others stay float.
+    """
+
+    def __init__(self, model: Model, norms: Iterable[str]) -> None:
+        graph_model = load_model(model).clone()
+        found = {norm.name: norm for norm in find_norms(graph_model)}
+        version = graph_model.graph.opset_imports.get("", 0)
+        self._inputs: dict[str, tuple[_SideInputs, ...]] = {}
+        for index, name in enumerate(norms):
+            norm = found[name]
+            assert norm.layer is not None
+            sides = tuple(_SideInputs(f"{_PREFIX}/{index}/{side}", norm.layer) for side in ("input", "output"))
+            if fused.adds(norm.nodes[0]):
+                norm = dataclasses.replace(norm, nodes=(fused.split(norm.nodes[0], version),))
+            graph_model.graph.inputs.extend(value for side in sides for value in side.values)
+            _quantize_input(norm, sides[0])
+            _quantize_output(norm, sides[1])
+            self._inputs[name] = sides
+        self._session = Session(graph_model, threads=1)  # the last bits then are the same on every number of cores
+
+    def run(self, feed: Feed, choice: Mapping[str, Sides]) -> dict[str, npt.NDArray[Any]]:
+        """Return the model's outputs for one feed, with the norms in `choice` quantized so."""
+        arrays = dict(feed)
+        for name, sides in self._inputs.items():
+            for side, params in zip(sides, choice.get(name, (None, None)), strict=True):
+                arrays.update(side.arrays(params))
+        outputs = self._session.run(arrays)
+        return {name: outputs[name] for name in self._session.outputs}
+
+
+class _SideInputs:
+    """The inputs of the simulated model for one side of a norm: the steps, and the lowest and highest code."""
+
+    def __init__(self, name: str, layer: LayerNorm | RMSNorm) -> None:
+        self._n = layer.n
+        self._shape = [1] * -layer.axes[0]
+        for axis, size in zip(layer.axes, layer.normalized_shape, strict=True):
+            self._shape[axis] = size
+        shapes = {"step": ir.Shape(self._shape), "low": ir.Shape(()), "high": ir.Shape(())}
+        self.values = [
+            ir.Value(name=f"{name}/{part}", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+            for part, shape in shapes.items()
+        ]
+
+    def append(self, tape: Tape, x: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+        """Append ``clamp(round(x / step)) * step``."""
+        op, (step, low, high) = tape.op, self.values
+        if dtype not in (None, ir.DataType.FLOAT):
+            x = op("Cast", [x], {"to": ir.DataType.FLOAT})
+        codes = op("Clip", [op("Round", [op("Div", [x, step])]), low, high])
+        y = op("Mul", [codes, step])
+        return y if dtype in (None, ir.DataType.FLOAT) else op("Cast", [y], {"to": dtype})
+
+    def arrays(self, params: QuantParams | None) -> dict[str, npt.NDArray[np.float32]]:
+        """Return what to feed for quantization parameters."""
+        if params is None:
+            steps, low, high = np.full(self._n, _UNQUANTIZED_STEP), -_UNQUANTIZED_CODE, _UNQUANTIZED_CODE
+        else:
+            steps = params.channel_steps(self._n)
+            low, high = float(params.lo - params.zero_point), float(params.hi - params.zero_point)
+        arrays = (steps.astype(np.float32).reshape(self._shape), np.float32(low), np.float32(high))
+        return {value.name or "": np.asarray(array) for value, array in zip(self.values, arrays, strict=True)}
+
+
+def _quantize_input(norm: Norm, side: _SideInputs) -> None:
+    x, tape = input_value(norm), Tape()
+    quantized = side.append(tape, x, x.dtype)
+    graph = norm.nodes[0].graph
+    assert isinstance(graph, ir.Graph)
+    first = min((node for node in norm.nodes if x in node.inputs), key=list(graph).index)
+    graph.insert_before(first, tape.nodes)
+    _name(tape, side)
+    for node in norm.nodes:
+        for index, value in enumerate(node.inputs):
+            if value is x:
+                node.replace_input_with(index, quantized)
+
+
+def _quantize_output(norm: Norm, side: _SideInputs) -> None:
+    y, tape = norm.nodes[-1].outputs[0], Tape()
+    users = list(y.uses())
+    quantized = side.append(tape, y, y.dtype)
+    graph = norm.nodes[-1].graph
+    assert isinstance(graph, ir.Graph)
+    graph.insert_after(norm.nodes[-1], tape.nodes)
+    _name(tape, side)
+    quantized.type, quantized.shape = y.type, y.shape
+    quantized.name, y.name = y.name, quantized.name  # a norm behind this one is found by the name of what it reads
+    for user, index in users:
+        user.replace_input_with(index, quantized)
+    if y.is_graph_output():
+        for index, value in enumerate(graph.outputs):
+            if value is y:
+                graph.outputs[index] = quantized
+
+
+def _name(tape: Tape, side: _SideInputs) -> None:
+    base = (side.values[0].name or "").rpartition("/")[0]
+    for index, node in enumerate(tape.nodes):
+        node.name = node.outputs[0].name = f"{base}/{index}"

@@ -1,0 +1,148 @@
+"""Choosing quantization parameters by what they do to the model's outputs.
+
+Calibration chooses them by the error of the norm's own input and output, where all values count alike. To the model
+they don't: what a clipped outlier costs against coarse steps in all other rows, only its outputs tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..params import ModelParams, NormParams
+from ..quantization import QuantParams
+from ..spec import LayerNormSpec
+from .models import ModelCalibration
+from .objective import ModelObjective
+from .options import CalibrationOptions, Method, SideOptions
+from .record import FROM_MODEL, side_record
+from .simulation import Sides
+
+
+@dataclass(frozen=True)
+class Side:
+    """The input or the output of a norm."""
+
+    norm: str
+    output: bool
+
+    def choice(self, params: QuantParams) -> dict[str, Sides]:
+        """Return the choice that quantizes this side alone."""
+        return {self.norm: (None, params) if self.output else (params, None)}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A side's parameters, and the noise in the model's outputs when it alone is quantized, before and after."""
+
+    params: QuantParams
+    noise: float
+    noise_before: float
+
+
+def tune(
+    objective: ModelObjective,
+    sides: Mapping[Side, tuple[QuantParams, SideOptions]],
+    advance: Callable[[], None] = lambda: None,
+) -> dict[Side, Tuned]:
+    """Return better parameters for the sides whose method is ``mse``; others are measured alone.
+
+    From each side's parameters it goes downhill: to half the step in the channels with the largest exponent, as long as
+    the model's outputs get better. Finer steps for all channels would get them better too, but on these feeds alone:
+    what lies beyond the range of a few rows is what other data bring.
+
+    Parameters
+    ----------
+    objective : ModelObjective
+    sides : mapping of Side to (QuantParams, SideOptions)
+    advance : callable
+        Called after each side.
+    """
+    tuned = {}
+    for side, (params, options) in sides.items():
+        before = noise = objective.measure(side.choice(params)).noise
+        if options.method is Method.MSE:
+            params, noise = _downhill(objective, side, params, noise)
+        tuned[side] = Tuned(params, noise, before)
+        advance()
+    return tuned
+
+
+def tune_model(
+    calibration: ModelCalibration,
+    objective: ModelObjective,
+    params: ModelParams,
+    options: CalibrationOptions,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[ModelParams, dict[Side, Tuned]]:
+    """Return parameters that serve the model's outputs better, and what each side does to them.
+
+    Norms whose parameters stand in the model, and those with a fused residual, keep theirs and are left out.
+
+    Parameters
+    ----------
+    calibration : ModelCalibration
+        That has observed the data.
+    objective : ModelObjective
+    params : ModelParams
+        What `calibration` gave for `options`.
+    options : CalibrationOptions
+    advance : callable
+        Called after each side.
+    """
+    free = [entry for entry in params.norms if is_free(entry)]
+    sides = {Side(entry.name, False): (entry.spec.input, options.input) for entry in free}
+    sides |= {Side(entry.name, True): (entry.spec.output, options.output) for entry in free}
+    tuned = tune(objective, sides, advance)
+    entries = []
+    for entry in params.norms:
+        if entry not in free:
+            entries.append(entry)
+            continue
+        before, behind = tuned[Side(entry.name, False)], tuned[Side(entry.name, True)]
+        spec = calibration.calibration(entry.name).plan(before.params, behind.params, options)
+        entries.append(with_options(calibration, entry, spec, options))
+    return replace(params, norms=tuple(entries)), tuned
+
+
+def is_free(entry: NormParams) -> bool:
+    """Tell whether a norm's input and output are to be chosen: they are its own, and the only ones."""
+    return entry.input_record.method != FROM_MODEL and entry.spec.residual is None
+
+
+def choice(params: ModelParams) -> dict[str, Sides]:
+    """Return the choice that quantizes all norms; where a residual is fused, the output alone."""
+    return {
+        entry.name: (None if entry.spec.residual else entry.spec.input, entry.spec.output) for entry in params.norms
+    }
+
+
+def with_options(
+    calibration: ModelCalibration, entry: NormParams, spec: LayerNormSpec, options: CalibrationOptions
+) -> NormParams:
+    """Return a norm's entry for another spec, that came of these options."""
+    norm = calibration.calibration(entry.name)
+    return replace(
+        entry, spec=spec, sqnr_db=norm.sqnr_db(spec),
+        input_record=side_record(options.input, norm.observer.input),
+        output_record=side_record(options.output, norm.observer.output),
+    )  # fmt: skip
+
+
+def _downhill(objective: ModelObjective, side: Side, params: QuantParams, noise: float) -> tuple[QuantParams, float]:
+    while (candidate := _capped(params)) is not None:
+        found = objective.measure(side.choice(candidate)).noise
+        if not found < noise:
+            break
+        params, noise = candidate, found
+    return params, noise
+
+
+def _capped(params: QuantParams) -> QuantParams | None:
+    """Return half the step in the channels with the largest exponent, None where that is not one of several."""
+    if params.exponents is None or len(set(params.exponents)) == 1:
+        return None
+    capped = np.minimum(params.exponents, max(params.exponents) - 1).tolist()
+    return QuantParams(params.dtype, params.scale, params.zero_point, capped, narrow_range=params.narrow_range)

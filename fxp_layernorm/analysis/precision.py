@@ -1,0 +1,298 @@
+"""Mixed precision: for each norm the cheapest formats with which the model meets a target.
+
+Each side of each norm is quantized alone in each of its formats, and the noise that it brings into the model's outputs
+is measured. Rounding errors of different places know nothing of each other, so these figures add up, and the question
+is a knapsack: the least cost whose noise is small enough. The lower convex hull of each norm's formats gives its steps
+from cheap to accurate; taken in the order of noise saved per cost, they are a curve, every point of which is measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from ..calibration.models import ModelCalibration
+from ..calibration.objective import ModelObjective, Quality
+from ..calibration.options import CalibrationOptions, SideOptions
+from ..calibration.tuning import Side, Tuned, choice, is_free, tune, with_options
+from ..errors import FxpError, InputError
+from ..params import ModelParams
+from ..spec import LayerNormSpec
+from .cost import cost
+
+#: Energy in pJ of moving one bit, and of a one-bit product of a multiplication: in 45 nm, 64 bits from a cache of 8 KB
+#: take 10 pJ and a product of 32 bits 3.1 pJ (M. Horowitz, "Computing's energy problem", ISSCC 2014).
+BIT_MOVED_PJ, BIT_PRODUCT_PJ = 10 / 64, 3.1 / 32**2
+
+
+class Metric(StrEnum):
+    """What a target is about: the worst of the model's outputs."""
+
+    COSINE = "cosine"
+    SQNR_DB = "sqnr_db"
+    MAX_LSB = "max_lsb"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the model's outputs are to reach; see `Quality`.
+
+    Raises
+    ------
+    InputError
+        For a value that no output can have, or that all have.
+    """
+
+    metric: Metric
+    value: float
+
+    def __post_init__(self) -> None:
+        bounds = {Metric.COSINE: (-1.0, 1.0), Metric.SQNR_DB: (-math.inf, 300.0), Metric.MAX_LSB: (0.0, math.inf)}
+        low, high = bounds[self.metric]
+        if not low < self.value < high:
+            raise InputError(f"the target {self.metric} is {self.value}; it must be above {low:g} and below {high:g}")
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Return the target that a text like ``cosine=0.999`` names."""
+        name, _, value = text.partition("=")
+        try:
+            return cls(Metric(name.strip()), float(value))
+        except InputError:
+            raise
+        except ValueError:
+            raise InputError(
+                f"the target is {text!r}; give one of {', '.join(Metric)} and a number, as in cosine=0.999"
+            ) from None
+
+    def met(self, quality: Quality) -> bool:
+        """Whether outputs reach it."""
+        value: float = getattr(quality, self.metric.value)
+        return value <= self.value if self.metric is Metric.MAX_LSB else value >= self.value
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'at most' if self.metric is Metric.MAX_LSB else 'at least'} {self.value:g}"
+
+
+@dataclass(frozen=True)
+class Format:
+    """The formats of a norm's input and output, and what they bring and cost.
+
+    Attributes
+    ----------
+    input, output : str
+        Like ``int8`` or ``int8+7``: with channel exponents up to 7.
+    noise : float
+        The sum of what input and output, quantized alone, add to the noise of the model's outputs.
+    cost_pj : float
+        An element's energy: `BIT_MOVED_PJ` for each bit of its codes, `BIT_PRODUCT_PJ` for each one-bit product of the
+        element stage's two multiplications.
+    spec : LayerNormSpec
+    options : CalibrationOptions
+    """
+
+    input: str
+    output: str
+    noise: float
+    cost_pj: float
+    spec: LayerNormSpec
+    options: CalibrationOptions
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the trade-off curve.
+
+    Attributes
+    ----------
+    formats : dict of str to Format
+        Of each norm, by its name.
+    cost_pj : float
+        An element's energy, the mean over the elements of all norms.
+    noise : float
+        The sum of the norms' own.
+    quality : Quality
+        Of the model's outputs with all norms in these formats, measured.
+    """
+
+    formats: dict[str, Format]
+    cost_pj: float
+    noise: float
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """What was found for a target.
+
+    Attributes
+    ----------
+    target : Target
+    met : bool
+    chosen : Point
+        The cheapest measured point that meets the target; where none does, the one that comes closest.
+    curve : tuple of Point
+        From the cheapest formats to the most accurate.
+    params : ModelParams
+        For the chosen formats.
+    """
+
+    target: Target
+    met: bool
+    chosen: Point
+    curve: tuple[Point, ...]
+    params: ModelParams
+
+
+def side_formats(side: SideOptions) -> dict[str, SideOptions]:
+    """Return the formats that a side may take: 8 and 16 bits, each with channel exponents and without."""
+    kind = "int" if side.dtype.signed else "uint"
+    largest = side.exponents or 7
+    chosen = {}
+    for bits in (8, 16):
+        for exponents in (0, largest):
+            name = f"{kind}{bits}+{exponents}" if exponents else f"{kind}{bits}"
+            chosen[name] = SideOptions(f"{kind}{bits}", exponents=exponents, percentile=side.percentile)
+    return chosen
+
+
+def measurements(params: ModelParams) -> int:
+    """Return how often `meet_target` calls `advance` for the sides."""
+    return len(params.norms) * 2 * 4
+
+
+def meet_target(
+    calibration: ModelCalibration,
+    objective: ModelObjective,
+    params: ModelParams,
+    options: CalibrationOptions,
+    target: Target,
+    advance: Callable[[], None] = lambda: None,
+) -> MixedPrecision:
+    """Return the cheapest formats, norm by norm, with which the model meets a target.
+
+    Parameters
+    ----------
+    calibration : ModelCalibration
+        That has observed the data.
+    objective : ModelObjective
+    params : ModelParams
+        What `calibration` gave; norms whose parameters stand in the model keep them.
+    options : CalibrationOptions
+        The kind of the codes, signed or not, the largest exponent, the lane and the hardware.
+    target : Target
+    advance : callable
+        Called after each side that was measured in a format.
+    """
+    free = [entry.name for entry in params.norms if is_free(entry)]
+    if not free:
+        raise InputError("no norm has formats to choose: their parameters stand in the model, or residuals are fused")
+    rows = {entry.name: entry.rows * entry.spec.n for entry in params.norms}
+    hulls = {name: _hull(_formats(calibration, objective, name, options, advance)) for name in free}
+    fixed = {name: sides for name, sides in choice(params).items() if name not in free}
+    elements = sum(rows[name] for name in free)
+
+    def point(formats: Mapping[str, Format]) -> Point:
+        chosen = fixed | {name: (each.spec.input, each.spec.output) for name, each in formats.items()}
+        return Point(
+            formats=dict(formats),
+            cost_pj=sum(each.cost_pj * rows[name] for name, each in formats.items()) / elements,
+            noise=sum(each.noise for each in formats.values()),
+            quality=objective.measure(chosen),
+        )
+
+    formats = {name: hull[0] for name, hull in hulls.items()}
+    curve = [point(formats)]
+    for name, step in _steps(hulls, rows):
+        formats[name] = step
+        curve.append(point(formats))
+    met = [each for each in curve if target.met(each.quality)]
+    chosen = min(met, key=lambda each: each.cost_pj) if met else _closest(curve, target)
+    if met:
+        chosen = _without_waste(chosen, hulls, rows, target, point)
+    entries = []
+    for entry in params.norms:
+        best = chosen.formats.get(entry.name)
+        entries.append(entry if best is None else with_options(calibration, entry, best.spec, best.options))
+    return MixedPrecision(target, bool(met), chosen, tuple(curve), replace(params, norms=tuple(entries)))
+
+
+def _formats(
+    calibration: ModelCalibration, objective: ModelObjective, name: str, options: CalibrationOptions,
+    advance: Callable[[], None],
+) -> list[Format]:  # fmt: skip
+    """Return all pairs of a norm's formats that can be planned, with their measured noise."""
+    norm = calibration.calibration(name)
+    inputs, outputs = side_formats(options.input), side_formats(options.output)
+    found: dict[tuple[bool, str], Tuned] = {}
+    for (in_name, input), (out_name, output) in zip(inputs.items(), outputs.items(), strict=True):
+        spec = norm.spec(replace(options, input=input, output=output))
+        sides = {Side(name, False): (spec.input, input), Side(name, True): (spec.output, output)}
+        tuned = tune(objective, sides, advance)
+        found[False, in_name], found[True, out_name] = tuned[Side(name, False)], tuned[Side(name, True)]
+    formats = []
+    for in_name, input in inputs.items():
+        for out_name, output in outputs.items():
+            before, behind = found[False, in_name], found[True, out_name]
+            chosen = replace(options, input=input, output=output)
+            try:
+                spec = norm.plan(before.params, behind.params, chosen)
+            except FxpError:  # a pair that doesn't fit the lane or the hardware; the others may
+                continue
+            price = cost([(spec, 1)])
+            energy = BIT_MOVED_PJ * price.bits_moved + BIT_PRODUCT_PJ * price.multiplier
+            formats.append(Format(in_name, out_name, before.noise + behind.noise, energy, spec, chosen))
+    if not formats:
+        before, behind = found[False, next(iter(inputs))], found[True, next(iter(outputs))]
+        norm.plan(before.params, behind.params, options)  # raises what is the matter
+    return formats
+
+
+def _hull(formats: Iterable[Format]) -> list[Format]:
+    """Return the lower convex hull of noise over cost, from the cheapest to the most accurate."""
+    hull: list[Format] = []
+    for each in sorted(formats, key=lambda each: (each.cost_pj, each.noise)):
+        if hull and each.noise >= hull[-1].noise:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-2], each):
+            hull.pop()
+        hull.append(each)
+    return hull
+
+
+def _gain(cheap: Format, accurate: Format) -> float:
+    """Return the noise saved per cost."""
+    return (cheap.noise - accurate.noise) / max(accurate.cost_pj - cheap.cost_pj, 1e-12)
+
+
+def _steps(hulls: Mapping[str, list[Format]], rows: Mapping[str, int]) -> list[tuple[str, Format]]:
+    """Return all steps along the hulls, those first that save the most noise per cost."""
+    steps = [
+        (_gain(cheap, accurate) / rows[name], name, accurate)
+        for name, hull in hulls.items()
+        for cheap, accurate in itertools.pairwise(hull)
+    ]
+    return [(name, accurate) for _, name, accurate in sorted(steps, key=lambda step: -step[0])]
+
+
+def _closest(curve: Iterable[Point], target: Target) -> Point:
+    sign = -1 if target.metric is Metric.MAX_LSB else 1
+    return max(curve, key=lambda each: sign * getattr(each.quality, target.metric.value))
+
+
+def _without_waste(
+    chosen: Point, hulls: Mapping[str, list[Format]], rows: Mapping[str, int], target: Target,
+    point: Callable[[Mapping[str, Format]], Point],
+) -> Point:  # fmt: skip
+    """Take back single steps, the dearest first, as long as the target is met: the last one often does too much."""
+    taken = [name for name, hull in hulls.items() if chosen.formats[name] is not hull[0]]
+    for name in sorted(taken, key=lambda name: -rows[name] * chosen.formats[name].cost_pj):
+        hull = hulls[name]
+        cheaper = hull[hull.index(chosen.formats[name]) - 1]
+        tried = point(chosen.formats | {name: cheaper})
+        if target.met(tried.quality):
+            chosen = tried
+    return chosen
