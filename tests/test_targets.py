@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from targets.__main__ import CONSUMERS, LENGTHS, OPSETS, WORDS, Answers, Case, rows_of_page, run, shorten
+from targets.__main__ import CONSUMERS, FORMS, LENGTHS, OPSETS, WORDS, Answers, Case, rows_of_page, run, shorten
 from targets.consumer import MODULES
 
 
@@ -22,12 +22,9 @@ def _has(module: str) -> bool:
 
 #: What is not exact, as docs/targets.md tells.
 INEXACT = {
-    ("openvino", "int64"),
-    ("tract", "int64"),
-    ("qnn", "int64"),
-    ("qnn_alone", "int64"),
-    ("qnn_alone", "float24"),
-}
+    ("openvino", "int64"), ("tract", "int64"), ("qnn", "int64"), ("qnn", "float24"),
+    *(("qnn_alone", word) for word in WORDS),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -76,3 +73,11 @@ def test_rows_of_consumers_that_are_not_run_stay() -> None:
     assert rows_of_page(page, "tract") == ["| tract 1 | a |", "|  | b |"]
     assert rows_of_page(page, "tvm") == ["| tvm 2 | a |", "|  | b |"]
     assert rows_of_page(page, "emx") == []
+
+
+def test_page_has_every_consumer_and_word() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "targets.md").read_text()
+    for _, title in CONSUMERS.values():
+        assert f"| {title}" in page
+    for text in (*FORMS, *WORDS, "nodes", "time"):
+        assert text in page

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -174,7 +175,8 @@ def version(python: Path, package: str) -> str:
 def shorten(error: str, folder: str) -> str:
     """Return the telling part of a message, without what differs from run to run."""
     text = " ".join(error.replace(folder, "").replace("|", "/").split())
-    return text if len(text) <= 160 else text[:157] + "..."
+    text = re.sub(r"_[0-9a-f]{8}\b|_[0-9a-f]{8}(?=_)|[0-9.]+ KiB|[0-9a-f]{64}", "", text)  # a function's hash, sizes
+    return text if len(text) <= 160 else f"{text[:70]} ... {text[-85:]}"
 
 
 def run(name: str, python: Path, cases: list[Case]) -> dict[tuple[str, str], Answers]:
