@@ -13,17 +13,21 @@ from . import common, model_output
 
 #: By name, as `fxp_layernorm.calibration` is imported only when the command runs.
 _METHODS = click.Choice(["minmax", "moving_average", "percentile", "mse", "entropy"])
-_TYPES = click.Choice([dtype.value for dtype in DType])
+_TYPES = click.Choice([dtype.value for dtype in DType if dtype.bits <= 16])
 
 
 @click.command()
 @common.model_argument
 @common.optional_data_option
 @click.option("-o", "--out", type=common.PATH, required=True, help="The parameter file to write (.json).")
-@click.option("--input", "input_type", type=_TYPES, default="int8", show_default=True, help="Type of the input codes.")
 @click.option(
-    "--output", "output_type", type=_TYPES, default="int8", show_default=True, help="Type of the output codes."
-)
+    "--input", "input_type", type=_TYPES, metavar="TYPE", default="int8", show_default=True,
+    help="Type of the input codes: int8, uint8, int16, uint16, or any width from int2 and uint2 on.",
+)  # fmt: skip
+@click.option(
+    "--output", "output_type", type=_TYPES, metavar="TYPE", default="int8", show_default=True,
+    help="Type of the output codes, likewise.",
+)  # fmt: skip
 @click.option(
     "--method",
     type=_METHODS,
