@@ -25,7 +25,6 @@ from .runtime import Feed, Feeds, Session
 if TYPE_CHECKING:
     import onnx
 
-    from .calibration import ModelCalibration
     from .export import Verification
     from .params import ModelParams
 
@@ -56,7 +55,7 @@ class Variant:
     options: CalibrationOptions
 
 
-#: The first is tuned for the model's outputs, and exported to the demo's folder.
+#: The first is the one that is exported to the demo's folder.
 VARIANTS = (
     Variant("int8", "int8, channel exponents", CalibrationOptions.of("int8", "int8")),
     Variant("int16", "int16", CalibrationOptions.of("int16", "int16")),
@@ -154,16 +153,6 @@ def write_feeds(folder: Path, data: list[Feed]) -> Feeds:
         with files.atomic_path(folder / f"{index:03d}.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, **feed)  # type: ignore[arg-type]  # the stubs take any keyword for an option
     return Feeds(folder)
-
-
-def tuned(
-    calibration: ModelCalibration, seen: Feeds, params: ModelParams, advance: Callable[[], None] = lambda: None
-) -> ModelParams:
-    """Return the first variant's parameters, chosen by the model's outputs on the calibration texts."""
-    from .calibration import ModelObjective, tune_model
-
-    objective = ModelObjective(model_path(), [norm.name for norm in params.norms], seen)
-    return tune_model(calibration, objective, params, VARIANTS[0].options, advance)[0]
 
 
 def evaluate(

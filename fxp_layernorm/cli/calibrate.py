@@ -86,9 +86,9 @@ _TYPES = click.Choice([dtype.value for dtype in DType if dtype.bits <= 16])
     help="The Dask cluster's scheduler, as tcp://host:8786. [default: worker processes on this machine]",
 )  # fmt: skip
 @click.option(
-    "--objective", type=click.Choice(["model", "norm"]), default="model", show_default=True,
-    help="What the method mse serves. model: the model's outputs, on the first of the data, starting from norm: each "
-    "norm's own output.",
+    "--objective", type=click.Choice(["norm", "model"]), default="norm", show_default=True,
+    help="What the method mse serves. norm: each norm's own output. model: from there, the model's outputs on the "
+    "first of the data, by clipping outliers; try both on data held back.",
 )  # fmt: skip
 @click.option(
     "--target", metavar="METRIC=VALUE",
@@ -103,8 +103,8 @@ def calibrate(
 ) -> None:  # fmt: skip
     """Run MODEL on real data, observe each of its norms, and write their integer parameters.
 
-    The model runs once over the data, a feed on each core; memory is bounded by the activations of these feeds. Then
-    it runs some dozens of times on the first few, to choose scales by what they do to its outputs.
+    The model runs once over the data, a feed on each core; memory is bounded by the activations of these feeds.
+    With --objective model or --target it runs some dozens of times more, on the first few.
 
     Norms that stand between DequantizeLinear and QuantizeLinear keep the types and scales that MODEL has for them;
     where all do, no data is needed.

@@ -59,9 +59,6 @@ def demo(out: Path, as_json: bool) -> None:
         for variant in run.VARIANTS:
             params[variant.name] = calibration.params(variant.options)
             advance()
-    chosen = run.VARIANTS[0].name
-    with output.progress("Tuning them for the model's outputs", 2 * len(params[chosen].norms)) as advance:
-        params[chosen] = run.tuned(calibration, seen, params[chosen], advance)
     with output.progress(f"Comparing on {run.HELD_OUT_TEXTS} held-out texts", len(held_out)) as advance:
         results = run.evaluate(params, held_out, advance)
 
