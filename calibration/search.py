@@ -22,6 +22,9 @@ _STEPS = 8
 _SHRINK = 2
 #: Exponents tried below the one that holds a channel's range.
 _CLIPS = 2
+#: The share of a channel's cost that is left at the most where clipping is taken: other data go beyond the range of
+#: these, and a smaller gain here is a loss there.
+_CLIPPED_COST = 0.5
 #: Zero points tried where channels with exponents share an asymmetric one: the share of the codes below it.
 _ZERO_POINTS = (0.5, 0.25, 0.375, 0.625, 0.75)
 #: Bins that a code's interval is divided into, to compare distributions.
@@ -99,10 +102,11 @@ def choose(seen: TensorObserver, side: SideOptions, sample: Sample, smallest_sca
 
 
 def _clipped(params: QuantParams, sample: Sample) -> QuantParams:
-    """Return parameters whose exponents are smaller by up to `_CLIPS` where that costs a channel less."""
+    """Return parameters whose exponents are smaller by up to `_CLIPS` where that saves enough of a channel's cost."""
     exponents = np.array(params.channel_exponents(sample.values.shape[1]))
     tried = [np.maximum(exponents - clip, 0) for clip in range(_CLIPS + 1)]
     costs = [sample.channel_cost(QuantParams(params.dtype, params.scale, params.zero_point, each)) for each in tried]
+    costs[0] = costs[0] * _CLIPPED_COST
     return QuantParams(params.dtype, params.scale, params.zero_point, np.choose(np.argmin(costs, axis=0), tried))
 
 
