@@ -62,6 +62,8 @@ def without_first_token() -> onnx.ModelProto:
 @pytest.mark.parametrize("operator", ["LayerNormalization", "RMSNormalization"])
 def test_simulation_without_a_choice_is_the_float_model(operator: str) -> None:
     rms = operator == "RMSNormalization"
+    if rms:
+        pytest.importorskip("onnxruntime", "1.24", reason="the float operator came late to ONNX Runtime")
     model = model_with_norms(operator=operator, bias=not rms, opset=23 if rms else 17, ir_version=10 if rms else 8)
     simulation, session = Simulation(model, ["norm0", "norm1"]), Session(export.load_model(model), threads=1)
     for feed in feeds():
