@@ -68,7 +68,7 @@ class SentenceTransformer:
         return f"{cosine:.5f} ({100 * np.mean(_nearest(self._real) == _nearest(embeddings)):.1f} %)"
 
     def _embed(self, session: Session) -> Floats:
-        return np.concatenate([demo.embed(session.run(feed), feed) for feed in self._held_out])
+        return np.concatenate([demo.embed(session.run(feed)) for feed in self._held_out])
 
 
 def _nearest(embeddings: Floats) -> npt.NDArray[np.int64]:

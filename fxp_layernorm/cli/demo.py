@@ -47,7 +47,7 @@ def demo(out: Path, as_json: bool) -> None:
         shutil.copyfile(source, temporary)
     texts = run.texts()
     first = run.CALIBRATION_TEXTS
-    # one text a feed: what pads shorter ones means nothing to the model, and should not weigh in the calibration
+    # one text a feed, as texts count alike where ranges are averaged over feeds
     seen = run.write_feeds(out / "calibration", list(run.feeds(texts[:first], batch=1)))
     held_out = run.write_feeds(out / "held_out", list(run.feeds(texts[first : first + run.HELD_OUT_TEXTS])))
 
