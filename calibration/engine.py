@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from ..errors import InputError, MissingDependencyError
+from ..inference import available_cores
 from ..runtime import Feed
 from .observation import Job, ModelObserver, StateFile
 
@@ -101,8 +101,3 @@ def parse_engine(name: str, scheduler: str | None = None) -> Engine:
     if scheduler is not None:
         raise InputError("only the engine dask takes a scheduler")
     return LocalEngine()
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -209,7 +209,7 @@ class FxpLayerNorm:
     def _threads(self, elements: int, parts: int, threads: int | None) -> int:
         threads = self.threads if threads is None else _check_threads(threads)
         if threads is None:
-            threads = 1 if elements < 2 * THREAD_ELEMENTS else min(_cores(), elements // THREAD_ELEMENTS)
+            threads = 1 if elements < 2 * THREAD_ELEMENTS else min(available_cores(), elements // THREAD_ELEMENTS)
         return min(threads, parts)
 
     def _compute(self, inputs: list[_Array], outputs: list[_Array]) -> None:
@@ -300,7 +300,8 @@ if hasattr(os, "register_at_fork"):  # threads don't survive a fork
 
 
 @functools.cache
-def _cores() -> int:
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

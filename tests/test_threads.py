@@ -55,7 +55,7 @@ def test_large_inputs_use_the_cores_by_default(monkeypatch: pytest.MonkeyPatch) 
         pools.append(workers)
         return pool(workers)
 
-    monkeypatch.setattr(inference, "_cores", lambda: 3)
+    monkeypatch.setattr(inference, "available_cores", lambda: 3)
     monkeypatch.setattr(inference, "_pool", counted)
     large = codes(norm, 3 * inference.THREAD_ELEMENTS // 64)
     small = large[: inference.THREAD_ELEMENTS // 64]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from ..calibration.layers import each_sample
 from ..errors import DataError, FxpError, InputError, ModelError
 from ..export import OutputCheck, find_norms, load_model, quantize_model
 from ..export.loading import Model
-from ..inference import FxpLayerNorm
+from ..inference import FxpLayerNorm, available_cores
 from ..layer import LayerNorm, RMSNorm
 from ..quantization import DType
 from ..runtime import Feed, Feeds, Session
@@ -258,7 +257,7 @@ def sweep(
         evaluate, accuracy_of, described = _of_model(target, feeds) if norm is None else _of_norm(target, feeds, norm)
     points: list[Point] = []
     refused: list[Refusal] = []
-    with ThreadPoolExecutor(workers or _cores(), thread_name_prefix="fxp-layernorm-sweep") as pool:
+    with ThreadPoolExecutor(workers or available_cores(), thread_name_prefix="fxp-layernorm-sweep") as pool:
         running = {pool.submit(evaluate, each.options(lane)): each for each in chosen}
         try:
             for future in as_completed(running):
@@ -385,7 +384,3 @@ def _worst(checks: Iterable[OutputCheck]) -> OutputCheck:
         checks,
         key=lambda check: -math.inf if check.max_abs is None else math.inf if check.sqnr_db is None else check.sqnr_db,
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
