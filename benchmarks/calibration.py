@@ -65,16 +65,10 @@ class SentenceTransformer:
         integer = quantize_model(self._model, self.calibration.params(options))
         embeddings = self._embed(Session(load_model(integer)))
         cosine = float(np.sum(self._real * embeddings, axis=1).mean())
-        return f"{cosine:.5f} ({100 * np.mean(_nearest(self._real) == _nearest(embeddings)):.1f} %)"
+        return f"{cosine:.5f} ({100 * np.mean(demo.nearest(self._real) == demo.nearest(embeddings)):.1f} %)"
 
     def _embed(self, session: Session) -> Floats:
         return np.concatenate([demo.embed(session.run(feed)) for feed in self._held_out])
-
-
-def _nearest(embeddings: Floats) -> npt.NDArray[np.int64]:
-    similarity = embeddings @ embeddings.T
-    np.fill_diagonal(similarity, -np.inf)
-    return np.asarray(np.argmax(similarity, axis=1))
 
 
 class TextRecognition:

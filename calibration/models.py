@@ -57,7 +57,8 @@ class ModelCalibration:
         if not self.norms:
             blocked = "".join(f"; {norm.name}: {norm.blocker}" for norm in self._blocked)
             raise ModelError(f"the model has no norm that can be replaced{blocked}")
-        self._borders = {norm.name: border for norm in self.norms if (border := find_border(norm)) is not None}
+        borders = {norm.name: find_border(norm, fuse_residual=fuse_residual) for norm in self.norms}
+        self._borders = {name: border for name, border in borders.items() if border is not None}
         self._observed = tuple(
             ObservedNorm(norm.name, norm.layer, norm.input, norm.output)
             for norm in self.norms

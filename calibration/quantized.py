@@ -30,7 +30,9 @@ class QuantizedNorms:
     skipped: dict[str, str]
 
 
-def quantized_norms(model: Model, *, lane: int | None = None, hardware: Hardware | str | None = None) -> QuantizedNorms:
+def quantized_norms(
+    model: Model, *, lane: int | None = None, hardware: Hardware | str | None = None, fuse_residual: bool = False
+) -> QuantizedNorms:
     """Return the integer form of every norm of a model that stands between quantizers.
 
     Parameters
@@ -39,6 +41,8 @@ def quantized_norms(model: Model, *, lane: int | None = None, hardware: Hardware
         A model with QuantizeLinear and DequantizeLinear, such as ONNX Runtime's quantize_static writes.
     lane, hardware : optional
         As in `calibrate`.
+    fuse_residual : bool
+        Whether a norm takes both addends of the sum before it where the model quantizes that sum for it.
 
     Raises
     ------
@@ -50,7 +54,7 @@ def quantized_norms(model: Model, *, lane: int | None = None, hardware: Hardware
     entries, skipped = list[NormParams](), dict[str, str]()
     loaded = load_model(model)
     for norm in find_norms(loaded):
-        border = find_border(norm)
+        border = find_border(norm, fuse_residual=fuse_residual)
         if norm.layer is None or border is None:
             skipped[norm.name] = norm.blocker or "it stands between no quantizers; it needs data to be calibrated"
             continue

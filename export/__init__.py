@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from .diagnosis import CodeDifference, StageDifference
 from .loading import load_model
-from .model import ExportedNorm, Replacement, exported_norms, quantize_model, replace_norms, to_onnx
+from .model import Replacement, exported_norms, quantize_model, replace_norms
 from .norms import Norm, find_norms
 from .probing import probe
-from .qdq import Border, find_border
+from .qdq import Border, find_border, fitting_border
+from .replacing import ExportedNorm
+from .standalone import to_onnx
 from .subgraph import Form, Word
 from .verify import NormCheck, OutputCheck, Verification, Verifier, verify
 from .writing import export_model
@@ -33,6 +35,7 @@ __all__ = [
     "exported_norms",
     "find_border",
     "find_norms",
+    "fitting_border",
     "load_model",
     "probe",
     "quantize_model",

@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ..errors import DataError
 from ..spec import LayerNormSpec
-from .model import to_onnx
+from .standalone import to_onnx
 from .subgraph import Word
 
 Array = npt.NDArray[Any]

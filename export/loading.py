@@ -80,7 +80,11 @@ def _read(model: Model) -> ir.Model:
 
 
 def _infer_shapes(model: ir.Model) -> None:
-    ir.passes.common.ShapeInferencePass()(model)
+    """Infer shapes, also behind ONNX Runtime's nodes, which ONNX knows nothing of."""
+    infer = ir.passes.common.ShapeInferencePass()
+    infer(model)
+    while [node for node in model.graph.all_nodes() if fused.infer_shape(node)]:
+        infer(model)
 
 
 def _inline_functions_of_norms(model: ir.Model) -> None:

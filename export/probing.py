@@ -11,7 +11,8 @@ from ..exposure import expose
 from ..runtime import load_external_data
 from .diagnosis import LETTER
 from .loading import Model, load_model
-from .model import ExportedNorm, exported_norms
+from .model import exported_norms
+from .replacing import ExportedNorm
 
 
 def with_stages(model: ir.Model, places: list[ExportedNorm]) -> tuple[ir.Model, list[dict[str, str]]]:

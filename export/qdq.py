@@ -7,7 +7,7 @@ in the model, nothing is left to calibrate, and the integer norm takes its place
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,9 @@ class Border:
     sum_output : QuantParams or None
     sum_quantizers : tuple of onnx_ir.Node
         The same of the sum, where it is quantized for the next residual.
+    requantized : onnx_ir.Node or None
+        The DequantizeLinear of the sum's codes, where the norm reads these and takes the sum itself instead. Where
+        nothing else reads them, they are no output, and their quantizers go.
     """
 
     input: QuantParams
@@ -60,6 +63,7 @@ class Border:
     residual_codes: ir.Value | None = None
     sum_output: QuantParams | None = None
     sum_quantizers: tuple[ir.Node, ...] = ()
+    requantized: ir.Node | None = None
 
     def plan(
         self, layer: LayerNorm | RMSNorm, lane: int | None = None, hardware: Hardware | str | None = None
@@ -78,13 +82,20 @@ class Border:
     @property
     def nodes(self) -> tuple[ir.Node, ...]:
         """What goes, besides the norm, where the integer norm takes its place."""
-        return (*self.quantizers, *self.sum_quantizers, *((self.add,) if self.add is not None else ()))
+        again = self.requantized if self.sum_output is None else None
+        return (*self.quantizers, *self.sum_quantizers, *(node for node in (again, self.add) if node is not None))
 
     @property
     def unused(self) -> list[ir.Value]:
         """What nothing may need any more then."""
-        readers = (*self.quantizers, *self.sum_quantizers)
-        return [*self.dequantized, *(value for node in readers for value in node.inputs[1:] if value is not None)]
+        again = () if self.requantized is None else (self.requantized,)
+        readers = (*self.quantizers, *self.sum_quantizers, *again)
+        sums = [node.outputs[0] for node in again]
+        return [
+            *self.dequantized,
+            *sums,
+            *(value for node in readers for value in node.inputs[1:] if value is not None),
+        ]
 
     def place(self, norm: Norm) -> ir.Node:
         """Return the node that the integer norm can stand behind: what reads its sum may come before the norm."""
@@ -102,39 +113,82 @@ def _results(tape: Tape, quantizers: tuple[ir.Node, ...], codes: ir.Value) -> di
     return copies | {last: codes}
 
 
-def find_border(norm: Norm) -> Border | None:
+def find_border(norm: Norm, *, fuse_residual: bool = False) -> Border | None:
     """Return the quantizers around a norm, None where its input or its output is needed in floats.
 
     The input must come from a DequantizeLinear, or be the sum of two; all that reads the output must be QuantizeLinear
     nodes with the same parameters, and all else that reads the sum, too. Parameters are constants, per tensor or one
     scale a channel of the normalized dimensions.
+
+    Parameters
+    ----------
+    norm : Norm
+    fuse_residual : bool
+        Whether the norm is to take a sum that the model quantizes before it: the border is then that around the add.
     """
     if norm.layer is None:
         return None
-    x, graph = input_value(norm), norm.nodes[-1].graph
+    x = input_value(norm)
     rank = len(x.shape) if x.shape is not None else None
     quantizers, output = _quantizers(norm.nodes[-1].outputs[0], (), norm, rank)
     if not quantizers or output is None:
         return None
-    add = x.producer()
-    if add is None or add.op_type != "Add" or add.domain not in ("", "ai.onnx"):
-        source, codes = _dequantized(x, norm, rank)
-        if source is None or codes is None or codes.graph is not graph:
-            return None
-        return Border(source, output, codes, quantizers, (x,))
-    operands = [value for value in add.inputs if value is not None]
+    if is_add(x.producer(), norm):
+        return _around_add(x, quantizers, output, norm, rank)
+    source, codes = _dequantized(x, norm, rank)
+    if source is None or codes is None or codes.graph is not norm.nodes[-1].graph:
+        return None
+    border = Border(source, output, codes, quantizers, (x,))
+    return (fuse_residual and _around_sum(border, x, norm, rank)) or border
+
+
+def fitting_border(norm: Norm, spec: LayerNormSpec) -> Border | None:
+    """Return the quantizers around a norm whose codes a spec takes and gives."""
+    found = (find_border(norm, fuse_residual=fuse_residual) for fuse_residual in (False, True))
+    return next((border for border in found if border is not None and border.fits(spec)), None)
+
+
+def is_add(node: ir.Node | None, norm: Norm) -> bool:
+    """Whether a node adds up two tensors for a norm: an Add, or the norm itself."""
+    if node is None or (node is norm.nodes[0] and fused.is_skip(node)):
+        return node is not None
+    return node.op_type == "Add" and node.domain in ("", "ai.onnx")
+
+
+def _around_add(
+    total: ir.Value, quantizers: tuple[ir.Node, ...], output: QuantParams, norm: Norm, rank: int | None
+) -> Border | None:
+    """Return the border of a sum that a norm reads, both of whose operands come from codes."""
+    add, graph = total.producer(), norm.nodes[-1].graph
+    assert add is not None
+    operands = [value for value in add.inputs[:2] if value is not None]
     (source, codes), (residual, residual_codes) = (_dequantized(value, norm, rank) for value in operands)
     inside = all(value is not None and value.graph is graph for value in (codes, residual_codes))
     if source is None or codes is None or residual is None or not inside or add.graph is not graph:
         return None
-    if x.is_graph_output() or not all(same_shape(value, x) for value in operands):
+    if total.is_graph_output() or not same_shape(*operands):
         return None
-    sum_quantizers, sum_output = _quantizers(x, norm.nodes, norm, rank)
+    sum_quantizers, sum_output = _quantizers(total, norm.nodes, norm, rank)
     if sum_quantizers is None or (sum_output is not None and sum_output.channel_scales is not None):
         return None
     return Border(
         source, output, codes, quantizers, tuple(operands), add, residual, residual_codes, sum_output, sum_quantizers
     )
+
+
+def _around_sum(border: Border, x: ir.Value, norm: Norm, rank: int | None) -> Border | None:
+    """Return the border of a sum whose codes a norm reads, None where there is none."""
+    quantizer = border.codes.producer()
+    total = quantizer.inputs[0] if quantizer is not None and is_quantizer(quantizer, QUANTIZE) else None
+    if total is None or not is_add(total.producer(), norm):
+        return None
+    around = _around_add(total, border.quantizers, border.output, norm, rank)
+    if around is None:
+        return None
+    own = set(norm.nodes).issuperset(x.consumers()) and not x.is_graph_output()
+    alone = own and len(around.sum_quantizers) == len(border.codes.uses()) == 1
+    unread = alone and not border.codes.is_graph_output()
+    return replace(around, requantized=x.producer(), sum_output=None if unread else around.sum_output)
 
 
 def _dequantized(value: ir.Value, norm: Norm, rank: int | None) -> tuple[QuantParams | None, ir.Value | None]:

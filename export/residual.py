@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from . import fused
 from .norms import Norm
-from .qdq import input_value, same_shape
+from .qdq import input_value, is_add, same_shape
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def find_residual(norm: Norm) -> ResidualAdd | None:
         return None
     total = input_value(norm)
     node = total.producer()
-    if node is None or node.graph is not norm.nodes[-1].graph or not (fused.is_skip(node) or _is_add(node)):
+    if node is None or node.graph is not norm.nodes[-1].graph or not is_add(node, norm):
         return None
     first, second = node.inputs[0], node.inputs[1]
     if first is None or second is None or not same_shape(first, second):
@@ -46,7 +45,3 @@ def find_residual(norm: Norm) -> ResidualAdd | None:
         return None
     shared = total.is_graph_output() or not set(norm.nodes).issuperset(total.consumers())
     return ResidualAdd(node, (first, second), total, shared)
-
-
-def _is_add(node: ir.Node) -> bool:
-    return node.op_type == "Add" and node.domain in ("", "ai.onnx")

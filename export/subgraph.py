@@ -6,8 +6,10 @@ channel inputs. The inline form is the same body with all of them written out.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import onnx_ir as ir
@@ -19,8 +21,8 @@ from ..spec import LayerNormSpec
 from . import input_stage, int64, narrow
 from .graph import Operand, Writer
 
-#: The domain of the function form, and its version.
-DOMAIN, DOMAIN_VERSION = "fxp_layernorm", 1
+#: The domain of the function form, its version, and the IR version that functions need.
+DOMAIN, DOMAIN_VERSION, IR_VERSION = "fxp_layernorm", 1, 8
 
 
 class Form(StrEnum):
@@ -39,82 +41,135 @@ class Word(StrEnum):
     FLOAT24 = "float24"
 
 
+@dataclass(frozen=True)
+class Writing:
+    """How norms are written."""
+
+    form: Form
+    word: Word
+    opset: int
+
+    @classmethod
+    def of(cls, form: Form | str, word: Word | str, opset: int) -> Writing:
+        """Return it for names; raises ModelError for one that is none."""
+        for kind, value in ((Form, form), (Word, word)):
+            if value not in list(kind):
+                raise ModelError(f"the {kind.__name__.lower()} is {value!r}; it must be one of {', '.join(kind)}")
+        return cls(Form(form), Word(word), opset)
+
+
+@dataclass(frozen=True)
+class Subgraph:
+    """An integer norm's values.
+
+    Attributes
+    ----------
+    codes : onnx_ir.Value
+        The output codes.
+    codes_sum : onnx_ir.Value or None
+        Those of the sum, where the spec has them.
+    stages : dict of str to onnx_ir.Value
+        The values between the codes, by their letters (`int64.Body.stages`); a function names its own ones so.
+    functions : dict of str to onnx_ir.Function
+        The functions that the nodes call, by name.
+    """
+
+    codes: ir.Value
+    codes_sum: ir.Value | None = None
+    stages: dict[str, ir.Value] = field(default_factory=dict)
+    functions: dict[str, ir.Function] = field(default_factory=dict)
+
+
 def append(
     tape: Tape,
     spec: LayerNormSpec,
-    q: ir.Value,
+    operands: Sequence[ir.Value],
+    writing: Writing,
     *,
     rank: int | None,
-    form: Form,
-    word: Word,
     name: str,
-    opset: int,
-    residual: ir.Value | None = None,
     output: ir.DataType | None = None,
-) -> tuple[ir.Value, dict[str, ir.Function], dict[str, ir.Value]]:
-    """Append an integer norm from codes to codes.
+) -> Subgraph:
+    """Append an integer norm from codes to codes, between transpositions where its axes are not the last.
 
     Parameters
     ----------
     tape : onnx_ir.tape.Tape
     spec : LayerNormSpec
-    q : onnx_ir.Value
-        The input codes.
+    operands : sequence of onnx_ir.Value
+        The input codes, and those that are added where the spec has a residual.
+    writing : Writing
     rank : int or None
         The number of their dimensions, where it is known.
-    form : Form
-    word : Word
     name : str
         The norm's name.
-    opset : int
-        The graph's.
-    residual : onnx_ir.Value, optional
-        The codes that are added, where the spec has a residual.
     output : onnx_ir.DataType, optional
         The result's type, by default that of the output codes.
-
-    Returns
-    -------
-    onnx_ir.Value
-        The output codes.
-    dict of str to onnx_ir.Function
-        The functions that the nodes call, by name.
-    dict of str to onnx_ir.Value
-        The values between the codes, by their letters (`int64.Body.stages`); a function names its own ones so. ``w``
-        are the codes of the sum, where the spec has them.
 
     Raises
     ------
     ModelError
         If the word doesn't hold the spec, or the opset doesn't have its operators.
     """
-    if word is not Word.INT64:
-        narrow.check(spec, word)
+    last = tuple(range(-len(spec.axes), 0))
+    if spec.axes == last:
+        return _append(tape, spec, operands, writing, rank, name, output)
+    if rank is None:
+        raise ModelError(f"the norm {name!r} can't be replaced: the rank of its input is not known")
+    normalized = [axis + rank for axis in spec.axes]
+    order = [axis for axis in range(rank) if axis not in normalized] + normalized
+    rows = [tape.op("Transpose", [value], {"perm": order}) for value in operands]
+    for value, codes in zip(rows, operands, strict=True):
+        value.type = codes.type
+    written = _append(tape, dataclasses.replace(spec, axes=last), rows, writing, rank, name, output)
+    back = {"perm": [order.index(axis) for axis in range(rank)]}
+    return dataclasses.replace(
+        written,
+        codes=tape.op("Transpose", [written.codes], back),
+        codes_sum=None if written.codes_sum is None else tape.op("Transpose", [written.codes_sum], back),
+    )
+
+
+def _append(
+    tape: Tape, spec: LayerNormSpec, operands: Sequence[ir.Value], writing: Writing, rank: int | None, name: str,
+    output: ir.DataType | None,
+) -> Subgraph:  # fmt: skip
+    """Append a norm over the last dimensions."""
+    if writing.word is not Word.INT64:
+        narrow.check(spec, writing.word)
+    codes_sum: ir.Value | None = None
     if spec.adder is not None:
-        u, w = input_stage.append(tape, spec, [q] if residual is None else [q, residual])
-        y, functions, stages = append(
-            tape, input_stage.behind(spec), u, rank=rank, form=form, word=word, name=name, opset=opset, output=output
-        )
-        return y, functions, stages if w is None else {**stages, "w": w}
+        u, codes_sum = input_stage.append(tape, spec, list(operands))
+        operands, spec = [u], input_stage.behind(spec)
+    (q,) = operands
     flatten = len(spec.normalized_shape) > 1 or rank == 1
-    writer = Writer(tape if form is Form.INLINE else Tape(), attributes(spec), inline=form is Form.INLINE)
-    body = _body(spec, word, writer, output or ir.DataType.from_numpy(spec.output.dtype.numpy))
+    inline = writing.form is Form.INLINE
+    writer = Writer(tape if inline else Tape(), attributes(spec), inline=inline)
+    body = _body(spec, writing.word, writer, output or ir.DataType.from_numpy(spec.output.dtype.numpy))
     lowest = max(body.opset, 14 if flatten else 0)  # for Reshape's allowzero
-    if opset < lowest:
+    if writing.opset < lowest:
         raise ModelError(
-            f"the norm {name!r} needs opset {lowest} to be replaced; the model has {opset}. "
+            f"the norm {name!r} needs opset {lowest} to be replaced; the model has {writing.opset}. "
             "Raise it with --opset (opset=)"
         )
     channels = body.channels()
-    if form is Form.INLINE:
+    if inline:
         y = _write(body, q, channels, flatten)
-        return y, {}, _values(body.stages, q)
-    function = _function(body, word, flatten, opset)
+        return Subgraph(y, codes_sum, _values(body.stages, q))
+    function = _function(body, writing, flatten)
     inputs = [
         tape.initializer(ir.tensor(value), name=f"{name}/{key}" if name else key) for key, value in channels.items()
     ]
     y = tape.op(function.name, [q, *inputs], writer.attributes, domain=DOMAIN, name=name or None)
-    return y, {function.name: function}, {}
+    return Subgraph(y, codes_sum, functions={function.name: function})
+
+
+def add_functions(model: ir.Model, functions: Mapping[str, ir.Function]) -> None:
+    """Add the functions that norms call to a model."""
+    if functions:
+        model.graph.opset_imports[DOMAIN] = DOMAIN_VERSION
+    for function in functions.values():
+        model.functions[function.identifier()] = function
 
 
 def attributes(spec: LayerNormSpec) -> dict[str, int | float]:
@@ -131,7 +186,7 @@ def _body(spec: LayerNormSpec, word: Word, writer: Writer, output: ir.DataType) 
     return narrow.Body(spec, narrow.INT32 if word is Word.INT24 else narrow.FLOAT, writer, output)
 
 
-def _function(body: int64.Body | narrow.Body, word: Word, flatten: bool, opset: int) -> ir.Function:
+def _function(body: int64.Body | narrow.Body, writing: Writing, flatten: bool) -> ir.Function:
     """Return the model-local function; all specs that have the same nodes share it, by its name."""
     inputs = {name: ir.Value(name=name) for name in ("q", *body.channels())}
     output = _write(body, inputs["q"], inputs, flatten)
@@ -139,9 +194,11 @@ def _function(body: int64.Body | narrow.Body, word: Word, flatten: bool, opset: 
     for letter, value in _values(body.stages, inputs["q"]).items():
         value.name = letter
     writer, kind = body.writer, "LayerNorm" if body.spec.kind is NormKind.LAYERNORM else "RMSNorm"
-    graph = ir.Graph(list(inputs.values()), [output], nodes=writer.tape.nodes, opset_imports={"": opset}, name="norm")
+    graph = ir.Graph(
+        list(inputs.values()), [output], nodes=writer.tape.nodes, opset_imports={"": writing.opset}, name="norm"
+    )
     declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in writer.attributes]
-    function = ir.Function(DOMAIN, f"{kind}_{word}", graph=graph, attributes=declared)
+    function = ir.Function(DOMAIN, f"{kind}_{writing.word}", graph=graph, attributes=declared)
     digest = hashlib.sha256(ir.to_proto(function).SerializeToString(deterministic=True)).hexdigest()
     function.name = f"{function.name}_{digest[:8]}"
     return function

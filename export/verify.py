@@ -27,8 +27,9 @@ from .diagnosis import (
 )
 from .float_bound import beyond_float32
 from .loading import Model, load_model
-from .model import ExportedNorm, exported_norms
+from .model import exported_norms
 from .probing import compared_values, with_stages
+from .replacing import ExportedNorm
 from .subgraph import Form
 
 

@@ -186,7 +186,7 @@ def evaluate(
     for variant in VARIANTS:
         quantized = np.concatenate(embeddings[variant.name])
         cosines = np.sum(real * quantized, axis=1)
-        agreement = float(np.mean(_nearest(real) == _nearest(quantized)))
+        agreement = float(np.mean(nearest(real) == nearest(quantized)))
         results.append(
             VariantResult(
                 variant=variant,
@@ -201,8 +201,9 @@ def evaluate(
     return results
 
 
-def _nearest(embeddings: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+def nearest(embeddings: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Return the index of each embedding's nearest neighbour among the others."""
     similarity = embeddings @ embeddings.T
     np.fill_diagonal(similarity, -np.inf)
-    nearest: npt.NDArray[np.int64] = np.argmax(similarity, axis=1)
-    return nearest
+    indices: npt.NDArray[np.int64] = np.argmax(similarity, axis=1)
+    return indices

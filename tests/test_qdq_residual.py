@@ -59,15 +59,17 @@ class Residual:
     def dequantized(codes: str, name: str) -> list[onnx.NodeProto]:
         return [helper.make_node("DequantizeLinear", [codes, f"s_{name}", "zero"], [name])]
 
-    def model(self) -> onnx.ModelProto:
+    def model(self, domains: tuple[str, ...] = ()) -> onnx.ModelProto:
+        read = {name for node in self.nodes for name in node.input}
         graph = helper.make_graph(
             self.nodes,
             "residual",
             [helper.make_tensor_value_info(name, KIND[self.dtype], shape) for name, shape in self.inputs.items()],
             [helper.make_tensor_value_info(name, kind, ["rows", N]) for name, kind in self.outputs.items()],
-            [numpy_helper.from_array(np.asarray(value), name) for name, value in self.initializers.items()],
+            [numpy_helper.from_array(np.asarray(v), name) for name, v in self.initializers.items() if name in read],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        imports = [helper.make_opsetid("", 21), *(helper.make_opsetid(domain, 1) for domain in domains)]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=10)
         onnx.checker.check_model(model, full_check=True)
         return model
 
@@ -197,6 +199,97 @@ def test_sums_that_floats_reach(change: Any) -> None:
     assert [found is not None for found in borders(block.model())] == [True, True]
     change(block)
     assert [found is not None for found in borders(block.model())] == [False, True]
+
+
+def quantized_sum(block: Residual) -> None:
+    """The norm reads the sum's codes, as does the next residual: a transformer with its norms before the layers."""
+    block.nodes[6] = helper.make_node("LayerNormalization", ["again", "gamma0", "beta0"], ["h"], name="norm0")
+
+
+def quantized_sum_for_the_norm_alone(block: Residual) -> None:
+    """What quantize_static makes of a transformer with its norms behind the adds."""
+    quantized_sum(block)
+    block.nodes[8] = helper.make_node("Add", ["a", "c"], ["sum1"], name="add1")
+
+
+def quantized_sum_in_two_pairs(block: Residual) -> None:
+    """What quantize_static makes of it with DedicatedQDQPair."""
+    quantized_sum_for_the_norm_alone(block)
+    block.nodes[8:9] = [
+        helper.make_node("QuantizeLinear", ["sum", "s_sum", "zero"], ["q_sum2"]),
+        helper.make_node("DequantizeLinear", ["q_sum2", "s_sum", "zero"], ["again2"]),
+        helper.make_node("Add", ["again2", "c"], ["sum1"], name="add1"),
+    ]
+
+
+@FORMS
+@pytest.mark.parametrize(
+    "change", [quantized_sum, quantized_sum_for_the_norm_alone, quantized_sum_in_two_pairs], ids=lambda c: c.__name__
+)
+def test_sums_that_the_model_quantizes_are_fused_when_asked(change: Any, form: str) -> None:
+    block = Residual()
+    change(block)
+    model, feed = block.model(), block.feed()
+    assert [bool(found and found.add) for found in borders(model)] == [False, True]
+    params = quantized_norms(model, fuse_residual=True).params
+    spec = params.norms[0].spec
+    assert spec.residual is not None
+    assert (spec.sum_output is None) == (change is quantized_sum_for_the_norm_alone)
+    assert calibrate_model(model, Feeds(feed), fuse_residual=True).norms[0].spec == spec
+    exported = export.quantize_model(model, params, form=form)
+    onnx.checker.check_model(exported, full_check=True)
+    assert not {"QuantizeLinear", "DequantizeLinear", "LayerNormalization"} & set(operators(exported))
+    assert export.verify(model, exported, params, Feeds(feed)).exact
+    y, _ = run_onnxruntime(exported, feed)
+    np.testing.assert_array_equal(y, reference.run(spec, feed["qa"], feed["qb"]))
+    alone = fxp.analyze(
+        spec, spec.input.dequantize(feed["qa"]), spec.residual.dequantize(feed["qb"]), name=params.norms[0].name
+    )
+    analyzed = fxp.analysis.analyze_model(model, params, Feeds(feed)).norms[0]
+    assert analyzed == dataclasses.replace(alone, suggestions=())
+
+
+@FORMS
+@pytest.mark.parametrize("sum_is_read", [True, False])
+def test_onnxruntimes_nodes_that_add_and_normalize(form: str, sum_is_read: bool) -> None:
+    block = Residual()
+    outputs = ["h", "", "", "sum"] if sum_is_read else ["h"]
+    skip = helper.make_node(
+        "SkipLayerNormalization", ["a", "b", "gamma0", "beta0"], outputs, name="norm0", domain="com.microsoft",
+        epsilon=1e-5,
+    )  # fmt: skip
+    del block.nodes[6]
+    block.nodes[3:4] = [skip]
+    if not sum_is_read:
+        del block.nodes[4:6]
+        block.nodes[5] = helper.make_node("Add", ["a", "c"], ["sum1"], name="add1")
+    model, feed = block.model(domains=("com.microsoft",)), block.feed()
+    assert [bool(found and found.add) for found in borders(model)] == [True, True]
+    params = quantized_norms(model).params
+    assert (params.norms[0].spec.sum_output is not None) == sum_is_read
+    exported = export.quantize_model(model, params, form=form)
+    onnx.checker.check_model(exported, full_check=True)
+    left = {"QuantizeLinear", "DequantizeLinear", "LayerNormalization", "SkipLayerNormalization"}
+    assert not left & set(operators(exported))
+    assert export.verify(model, exported, params, Feeds(feed)).exact
+    for found, original in zip(run_onnxruntime(exported, feed), run_onnxruntime(model, feed), strict=True):
+        assert np.abs(found.astype(int) - original).max() <= 1
+
+
+def test_another_norm_that_reads_the_sum_leaves_the_first_alone() -> None:
+    """Its add is the first norm itself, which must not go with it."""
+    block = Residual()
+    skip = helper.make_node(
+        "SkipLayerNormalization", ["a", "b", "gamma0", "beta0"], ["h", "", "", "sum"], name="norm0",
+        domain="com.microsoft",
+    )  # fmt: skip
+    second = helper.make_node("LayerNormalization", ["sum", "gamma1", "beta1"], ["h1"], name="norm1")
+    quantizers = [helper.make_node("QuantizeLinear", [x, "s_y", "zero"], [q]) for x, q in (("h", "y"), ("h1", "z"))]
+    block.nodes[3:] = [skip, second, *quantizers]
+    model, feed = block.model(domains=("com.microsoft",)), block.feed()
+    params = calibrate_model(model, Feeds(feed), fuse_residual=True)
+    exported = export.quantize_model(model, params)
+    assert export.verify(model, exported, params, Feeds(feed)).exact
 
 
 def test_calibration_with_data_keeps_the_sums() -> None:

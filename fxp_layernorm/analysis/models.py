@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..errors import DataError, FxpError
-from ..export import Norm, OutputCheck, find_border, find_norms, load_model, replace_norms
+from ..export import Border, Norm, OutputCheck, find_norms, fitting_border, load_model, replace_norms
 from ..export.loading import Model
 from ..export.residual import find_residual
 from ..params import ModelParams, NormParams
@@ -74,8 +74,8 @@ def analyze_model(
     command = Command(model_name, calibration_name or data_name, params_name)
     analyzers = [NormAnalyzer(norm.spec, norm.name, command) for norm in params.norms]
     found = {norm.name: norm for norm in find_norms(loaded)}
-    borders = [find_border(found[norm.name]) for norm in params.norms]
-    operands = [_operands(norm, found[norm.name]) for norm in params.norms]
+    borders = [fitting_border(found[norm.name], norm.spec) for norm in params.norms]
+    operands = [_operands(norm, found[norm.name], border) for norm, border in zip(params.norms, borders, strict=True)]
     shapes = {
         name: norm.spec.normalized_shape for norm, names in zip(params.norms, operands, strict=True) for name in names
     }
@@ -106,8 +106,7 @@ def analyze_model(
     harm.sort(key=lambda entry: entry.worst.severity)
     norms = tuple(analyzer.result() for analyzer in analyzers)
     norms = tuple(  # calibration leaves norms between quantizers as the model has them
-        norm if border is None or not border.fits(analyzer.spec) else replace(norm, suggestions=())
-        for norm, border, analyzer in zip(norms, borders, analyzers, strict=True)
+        norm if border is None else replace(norm, suggestions=()) for norm, border in zip(norms, borders, strict=True)
     )
     return ModelAnalysis(
         model=model_name, data=data_name, feeds=count, harm_feeds=len(held), harm=tuple(harm), together=together,
@@ -115,8 +114,10 @@ def analyze_model(
     )  # fmt: skip
 
 
-def _operands(entry: NormParams, norm: Norm) -> list[str]:
+def _operands(entry: NormParams, norm: Norm, border: Border | None) -> list[str]:
     """Return the names of what a norm reads, or of what is added before it where the add is part of it."""
+    if border is not None:
+        return [value.name or "" for value in border.dequantized]
     add = None if entry.spec.residual is None else find_residual(norm)
     return [entry.input] if add is None else [value.name or "" for value in add.addends]
 

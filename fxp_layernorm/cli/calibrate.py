@@ -127,7 +127,7 @@ def calibrate(
     options = CalibrationOptions.of(input_type, output_type, lane=int(lane) if lane else None, **chosen)
     outcome = model_output.Outcome()
     if data is None:
-        found = quantized_norms(model, lane=options.lane, hardware=options.hardware)
+        found = quantized_norms(model, lane=options.lane, hardware=options.hardware, fuse_residual=fuse_residual)
         params, skipped, source = found.params, found.skipped, "with the model's own parameters"
     else:
         feeds = Feeds(data)
