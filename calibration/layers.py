@@ -100,14 +100,23 @@ class NormCalibration:
         if with_sum:
             side = SideOptions(DType.INT16, symmetric=True)
             sum_output = search.choose(seen.input, side, search.Sample(total, weights))
+        output = self._output(options, expected)
+        return self.plan(input, output, options, residual=residual, sum_output=sum_output)
+
+    def plan(
+        self,
+        input: QuantParams,
+        output: QuantParams,
+        options: CalibrationOptions,
+        *,
+        residual: QuantParams | None = None,
+        sum_output: QuantParams | None = None,
+    ) -> LayerNormSpec:
+        """Return the spec for these quantization parameters, with the options' lane and hardware."""
         return plan(
-            layer, input, self._output(options, expected), residual=residual, sum_output=sum_output, lane=options.lane,
+            self.layer, input, output, residual=residual, sum_output=sum_output, lane=options.lane,
             hardware=options.hardware,
         )  # fmt: skip
-
-    def plan(self, input: QuantParams, output: QuantParams, options: CalibrationOptions) -> LayerNormSpec:
-        """Return the spec for these quantization parameters, with the options' lane and hardware."""
-        return plan(self.layer, input, output, lane=options.lane, hardware=options.hardware)
 
     def _input_weights(self, rows: Floats) -> Floats:
         """Return what a small squared error of each input value adds to that of the norm's outputs.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,11 +16,12 @@ from ..export.residual import find_residual
 from ..params import CalibrationWarning, ModelParams, NormParams
 from ..quantization import DType
 from ..runtime import FeedHash, Feeds
+from ..spec import LayerNormSpec
 from .engine import Engine, LocalEngine
 from .layers import NormCalibration
 from .observation import Job, ModelObserver, ObservedNorm, StateFile
 from .options import CalibrationOptions, OptionKeywords
-from .record import model_sha256, side_record, versions
+from .record import hardware_record, model_sha256, side_record, versions
 from .warnings import find_warnings
 
 
@@ -35,6 +36,8 @@ class ModelCalibration:
     fuse_residual : bool
         Whether a norm takes the codes of both addends where it follows the sum of two tensors: the sum then has 16 bits
         and is no tensor of the model. Where more than the norm reads it, it is an output of the norm besides.
+    observe_addends : bool
+        Whether both addends are observed in any case, so that either can be planned; see `spec`.
 
     Attributes
     ----------
@@ -48,9 +51,9 @@ class ModelCalibration:
         If the model can't be read, or has no norm that can be replaced.
     """
 
-    def __init__(self, model: Model, *, fuse_residual: bool = False) -> None:
+    def __init__(self, model: Model, *, fuse_residual: bool = False, observe_addends: bool = False) -> None:
         loaded = load_model(model)
-        self.model_sha256 = model_sha256(model, loaded)
+        self.model_sha256, self._fuse_residual = model_sha256(model, loaded), fuse_residual
         found = find_norms(loaded)
         self.norms = [norm for norm in found if norm.layer is not None]
         self._blocked = [norm for norm in found if norm.layer is None]
@@ -67,7 +70,8 @@ class ModelCalibration:
         self._adds = {
             norm.name: add
             for norm in self.norms
-            if fuse_residual and norm.name not in self._borders and (add := find_residual(norm)) is not None
+            if (fuse_residual or observe_addends) and norm.name not in self._borders
+            if (add := find_residual(norm)) is not None
         }
         addends = tuple(
             ObservedNorm(
@@ -140,32 +144,66 @@ class ModelCalibration:
         (norm,) = (norm for norm in self._observed if norm.name == name)
         return NormCalibration(norm.layer, self._seen.norms[name])
 
+    @property
+    def names(self) -> list[str]:
+        """The norms that get parameters; before any data, all that can."""
+        names = [norm.name for norm in self._observed]
+        return [name for name in names if self._ran(name)] or names
+
+    def is_free(self, name: str) -> bool:
+        """Tell whether a norm's parameters are to be chosen, and don't stand in the model."""
+        return name not in self._borders
+
+    def can_fuse(self, name: str) -> bool:
+        """Tell whether a norm can add a residual itself, and its addends are observed."""
+        return name in self._adds
+
+    def spec(self, name: str, options: CalibrationOptions, *, fuse: bool) -> LayerNormSpec:
+        """Return a norm's spec for what was observed.
+
+        Parameters
+        ----------
+        name : str
+        options : CalibrationOptions
+            Norms between quantizers keep the types and scales that the model has for them.
+        fuse : bool
+            Whether the norm adds a residual itself where it can.
+        """
+        calibration, border = self.calibration(name), self._borders.get(name)
+        try:
+            if border is not None:
+                return border.plan(calibration.layer, options.lane, options.hardware)
+            if not (fuse and self.can_fuse(name)):
+                return calibration.spec(options)
+            addends = self._seen.norms[_addends(name)]
+            return calibration.spec_with_residual(options, addends, with_sum=self._adds[name].shared)
+        except FxpError as error:
+            raise type(error)(f"norm {name!r}: {error}") from error
+
     def params(self, options: CalibrationOptions | None = None) -> ModelParams:
         """Return the specs of all norms for what was observed, by default for codes of int8.
 
         Norms between quantizers keep the types and scales that the model has for them.
         """
         options = CalibrationOptions() if options is None else options
+        specs = {name: self.spec(name, options, fuse=self._fuse_residual) for name in self.names}
+        return self.assembled({name: (spec, options) for name, spec in specs.items()})
+
+    def assembled(self, specs: Mapping[str, tuple[LayerNormSpec, CalibrationOptions]]) -> ModelParams:
+        """Return these specs, of all norms in `names` and with the options that each came of, with their record."""
         entries: list[NormParams] = []
         warnings: list[CalibrationWarning] = []
-        for norm in [norm for norm in self._observed if self._ran(norm.name)] or self._observed:
-            calibration = self.calibration(norm.name)
-            seen, border = calibration.observer, self._borders.get(norm.name)
-            try:
-                if norm.name in self._adds:
-                    addends, shared = self._seen.norms[_addends(norm.name)], self._adds[norm.name].shared
-                    spec = calibration.spec_with_residual(options, addends, with_sum=shared)
-                elif border is None:
-                    spec = calibration.spec(options)
-                else:
-                    spec = border.plan(norm.layer, options.lane, options.hardware)
-            except FxpError as error:
-                raise type(error)(f"norm {norm.name!r}: {error}") from error
+        for norm in self._observed:
+            if norm.name not in specs:
+                continue
+            spec, options = specs[norm.name]
+            calibration, free = self.calibration(norm.name), self.is_free(norm.name)
+            seen = calibration.observer
             entries.append(
                 NormParams(
                     name=norm.name, input=norm.input, output=norm.output, rows=seen.rows, left_out=seen.left_out,
-                    input_record=side_record(None if border else options.input, seen.input),
-                    output_record=side_record(None if border else options.output, seen.output),
+                    input_record=side_record(options.input if free else None, seen.input),
+                    output_record=side_record(options.output if free else None, seen.output),
                     sqnr_db=calibration.sqnr_db(spec) if spec.residual is None else None, spec=spec,
                 )
             )  # fmt: skip
@@ -177,6 +215,9 @@ class ModelCalibration:
             versions=versions(runtime=True),
             warnings=tuple(warnings),
             norms=tuple(entries),
+            lane=options.lane,
+            hardware=hardware_record(options.hardware),
+            fuse_residual=self._fuse_residual,
         )
 
 

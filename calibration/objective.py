@@ -64,14 +64,17 @@ class ModelObjective:
     feeds : Feeds
         Of these, the first are kept and compared, as many as fit into `COMPARED_ELEMENTS` and `HELD_BYTES`.
 
+    residuals : bool
+        Whether norms that follow the sum of two tensors may add these themselves.
+
     Attributes
     ----------
     feeds : int
         How many are compared.
     """
 
-    def __init__(self, model: Model, norms: Iterable[str], feeds: Feeds) -> None:
-        self._simulation = Simulation(model, norms)
+    def __init__(self, model: Model, norms: Iterable[str], feeds: Feeds, *, residuals: bool = False) -> None:
+        self._simulation = Simulation(model, norms, residuals=residuals)
         self._held: list[_Held] = []
         self._ranges: dict[str, tuple[float, float]] = {}
         elements = size = 0

@@ -57,6 +57,8 @@ class SideOptions:
         The share of the values in percent, above 50, that ``percentile`` keeps.
     per_channel : bool
         Whether each channel has a scale of its own, for a border that can dequantize so, instead of an exponent.
+    narrow_range : bool
+        Whether the lowest code stays unused.
 
     Raises
     ------
@@ -70,6 +72,7 @@ class SideOptions:
     symmetric: bool
     percentile: float
     per_channel: bool
+    narrow_range: bool
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class SideOptions:
         symmetric: bool | None = None,
         percentile: float = PERCENTILE,
         per_channel: bool = False,
+        narrow_range: bool = False,
     ) -> None:
         parsed = DType.parse(dtype)
         narrow = parsed.numpy.itemsize == 1
@@ -104,6 +108,7 @@ class SideOptions:
         set_field(self, "per_channel", bool(per_channel))
         set_field(self, "symmetric", self.by_channel if symmetric is None else bool(symmetric))
         set_field(self, "percentile", float(percentile))
+        set_field(self, "narrow_range", bool(narrow_range))
 
     @property
     def by_channel(self) -> bool:
@@ -121,6 +126,7 @@ class OptionKeywords(TypedDict, total=False):
     symmetric: bool | None
     percentile: float
     output_per_channel: bool
+    narrow_range: bool
     lane: int | None
     hardware: Hardware | str | None
 
@@ -156,6 +162,7 @@ class CalibrationOptions:
         symmetric: bool | None = None,
         percentile: float = PERCENTILE,
         output_per_channel: bool = False,
+        narrow_range: bool = False,
         lane: int | None = None,
         hardware: Hardware | str | None = None,
     ) -> CalibrationOptions:
@@ -167,7 +174,7 @@ class CalibrationOptions:
         def side(dtype: DType | str, own: Method | str | None, per_channel: bool) -> SideOptions:
             return SideOptions(
                 dtype, method=method if own is None else own, exponents=None if per_channel else exponents,
-                symmetric=symmetric, percentile=percentile, per_channel=per_channel,
+                symmetric=symmetric, percentile=percentile, per_channel=per_channel, narrow_range=narrow_range,
             )  # fmt: skip
 
         sides = side(input, input_method, False), side(output, output_method, output_per_channel)

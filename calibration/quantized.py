@@ -11,7 +11,7 @@ from ..export.qdq import find_border
 from ..hardware import Hardware
 from ..params import ModelParams, NormParams
 from ..runtime import FeedHash
-from .record import model_sha256, side_record, versions
+from .record import hardware_record, model_sha256, side_record, versions
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def quantized_norms(
         )
     params = ModelParams(
         model_sha256=model_sha256(model, loaded), data_sha256=FeedHash().hexdigest(), feeds=0,
-        versions=versions(runtime=False), warnings=(), norms=tuple(entries),
+        versions=versions(runtime=False), warnings=(), norms=tuple(entries), lane=lane,
+        hardware=hardware_record(hardware), fuse_residual=fuse_residual,
     )  # fmt: skip
     return QuantizedNorms(params, skipped)

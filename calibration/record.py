@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ..errors import InputError, ModelError
 from ..export.loading import Model
+from ..hardware import PRESETS, Hardware
 from ..params import SideRecord
 from .norms import TensorObserver
 from .options import Method, SideOptions
@@ -27,14 +28,21 @@ def side_record(side: SideOptions | None, seen: TensorObserver | None) -> SideRe
     low, high = (float(seen.ranges.low.min()), float(seen.ranges.high.max())) if seen else (None, None)
     if side is None:
         return SideRecord(
-            method=FROM_MODEL, exponents=None, symmetric=None, per_channel=False, percentile=None, low=low, high=high
-        )
+            method=FROM_MODEL, exponents=None, symmetric=None, narrow_range=None, per_channel=False, percentile=None,
+            low=low, high=high,
+        )  # fmt: skip
     percentile = side.percentile if side.method is Method.PERCENTILE else None
     return SideRecord(
         method=side.method.value, exponents=side.exponents, symmetric=side.symmetric,
-        per_channel=side.per_channel, percentile=percentile, low=low,
-        high=high,
+        narrow_range=side.narrow_range, per_channel=side.per_channel, percentile=percentile, low=low, high=high,
     )  # fmt: skip
+
+
+def hardware_record(hardware: Hardware | str | None) -> str | None:
+    """Return the name of a preset, or else the limits in Python."""
+    if not isinstance(hardware, Hardware):
+        return hardware
+    return next((name for name, preset in PRESETS.items() if preset == hardware), repr(hardware))
 
 
 def versions(*, runtime: bool) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -105,9 +105,9 @@ def _clipped(params: QuantParams, sample: Sample) -> QuantParams:
     """Return parameters whose exponents are smaller by up to `_CLIPS` where that saves enough of a channel's cost."""
     exponents = np.array(params.channel_exponents(sample.values.shape[1]))
     tried = [np.maximum(exponents - clip, 0) for clip in range(_CLIPS + 1)]
-    costs = [sample.channel_cost(QuantParams(params.dtype, params.scale, params.zero_point, each)) for each in tried]
+    costs = [sample.channel_cost(replace(params, exponents=each)) for each in tried]
     costs[0] = costs[0] * _CLIPPED_COST
-    return QuantParams(params.dtype, params.scale, params.zero_point, np.choose(np.argmin(costs, axis=0), tried))
+    return replace(params, exponents=np.choose(np.argmin(costs, axis=0), tried))
 
 
 def _least_by_channel(tried: Iterable[QuantParams], sample: Sample) -> QuantParams:
@@ -116,7 +116,7 @@ def _least_by_channel(tried: Iterable[QuantParams], sample: Sample) -> QuantPara
     n = sample.values.shape[1]
     best = np.argmin([sample.channel_cost(option) for option in options], axis=0)
     scales = np.choose(best, [option.channel_steps(n) for option in options])
-    return QuantParams(options[0].dtype, float(scales.max()), options[0].zero_point, channel_scales=scales.tolist())
+    return replace(options[0], scale=float(scales.max()), channel_scales=scales.tolist())
 
 
 def observed_range(seen: TensorObserver, side: SideOptions) -> tuple[Floats, Floats]:
@@ -143,7 +143,7 @@ def candidates(side: SideOptions, low: Floats, high: Floats, *, smallest_scale: 
     smallest_scale : float
         Bound of the scale from below.
     """
-    dtype = side.dtype
+    dtype, lo = side.dtype, side.dtype.lo + side.narrow_range
     shrink = _SHRINK * _STEPS if side.method in (Method.MSE, Method.ENTROPY) else 0
     middle = (dtype.lo + dtype.hi + 1) // 2
     if not side.by_channel:
@@ -151,12 +151,12 @@ def candidates(side: SideOptions, low: Floats, high: Floats, *, smallest_scale: 
         if side.symmetric:
             width, zero_point = max(-bottom, top) / (dtype.hi - middle), middle
         else:
-            width, zero_point = (top - bottom) / (dtype.hi - dtype.lo), 0
+            width, zero_point = (top - bottom) / (dtype.hi - lo), 0
             if top > bottom:
-                zero_point = round((dtype.lo * top - dtype.hi * bottom) / (top - bottom))
+                zero_point = round((lo * top - dtype.hi * bottom) / (top - bottom))
         for step in range(shrink + 1):
             scale = float32_scale(width * 2.0 ** (-step / _STEPS), smallest_scale)
-            yield QuantParams(dtype, scale, min(max(zero_point, dtype.lo), dtype.hi))
+            yield QuantParams(dtype, scale, min(max(zero_point, lo), dtype.hi), narrow_range=side.narrow_range)
         return
     zero_points = [middle]
     if not side.symmetric:
@@ -164,19 +164,20 @@ def candidates(side: SideOptions, low: Floats, high: Floats, *, smallest_scale: 
     for zero_point in zero_points:
         # codes on each side of the zero point; at the middle, as many on both
         above = dtype.hi - zero_point
-        below = above if zero_point == middle else zero_point - dtype.lo
+        below = above if zero_point == middle else zero_point - lo
         step_of_one = np.maximum(np.maximum(high, 0) / above, np.maximum(-low, 0) / below)
         widest = float(step_of_one.max())
         if side.per_channel:
             for step in range(shrink + 1):
                 scales = [float32_scale(wanted, smallest_scale) for wanted in step_of_one * 2.0 ** (-step / _STEPS)]
-                yield QuantParams(dtype, max(scales), zero_point, channel_scales=scales)
+                yield QuantParams(dtype, max(scales), zero_point, channel_scales=scales, narrow_range=side.narrow_range)
             continue
         for step in range(_STEPS - 1, -shrink - 1, -1):
             scale = float32_scale(widest * 2.0 ** (step / _STEPS - side.exponents), smallest_scale)
             with np.errstate(divide="ignore"):
                 needed = np.ceil(np.log2(step_of_one / scale) - 1e-6)  # float32 scales are rounded up
-            yield QuantParams(dtype, scale, zero_point, np.clip(needed, 0, side.exponents).astype(np.int64))
+            exponents = np.clip(needed, 0, side.exponents).astype(np.int64)
+            yield QuantParams(dtype, scale, zero_point, exponents, narrow_range=side.narrow_range)
 
 
 def least(params: Iterable[QuantParams], error: Error) -> QuantParams:

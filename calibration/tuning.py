@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..params import ModelParams, NormParams
+from ..params import ModelParams
 from ..quantization import QuantParams
-from ..spec import LayerNormSpec
 from .models import ModelCalibration
 from .objective import ModelObjective
 from .options import CalibrationOptions, Method, SideOptions
-from .record import FROM_MODEL, side_record
 from .simulation import Sides
 
 
@@ -30,7 +28,7 @@ class Side:
 
     def choice(self, params: QuantParams) -> dict[str, Sides]:
         """Return the choice that quantizes this side alone."""
-        return {self.norm: (None, params) if self.output else (params, None)}
+        return {self.norm: Sides(output=params) if self.output else Sides(input=params)}
 
 
 @dataclass(frozen=True)
@@ -92,43 +90,16 @@ def tune_model(
     advance : callable
         Called after each side.
     """
-    free = [entry for entry in params.norms if is_free(entry)]
-    sides = {Side(entry.name, False): (entry.spec.input, options.input) for entry in free}
-    sides |= {Side(entry.name, True): (entry.spec.output, options.output) for entry in free}
+    specs = {entry.name: entry.spec for entry in params.norms}
+    free = [name for name, spec in specs.items() if calibration.is_free(name) and spec.residual is None]
+    sides = {Side(name, False): (specs[name].input, options.input) for name in free}
+    sides |= {Side(name, True): (specs[name].output, options.output) for name in free}
     tuned = tune(objective, sides, advance)
-    entries = []
-    for entry in params.norms:
-        if entry not in free:
-            entries.append(entry)
-            continue
-        before, behind = tuned[Side(entry.name, False)], tuned[Side(entry.name, True)]
-        spec = calibration.calibration(entry.name).plan(before.params, behind.params, options)
-        entries.append(with_options(calibration, entry, spec, options))
-    return replace(params, norms=tuple(entries)), tuned
-
-
-def is_free(entry: NormParams) -> bool:
-    """Tell whether a norm's input and output are to be chosen: they are its own, and the only ones."""
-    return entry.input_record.method != FROM_MODEL and entry.spec.residual is None
-
-
-def choice(params: ModelParams) -> dict[str, Sides]:
-    """Return the choice that quantizes all norms; where a residual is fused, the output alone."""
-    return {
-        entry.name: (None if entry.spec.residual else entry.spec.input, entry.spec.output) for entry in params.norms
-    }
-
-
-def with_options(
-    calibration: ModelCalibration, entry: NormParams, spec: LayerNormSpec, options: CalibrationOptions
-) -> NormParams:
-    """Return a norm's entry for another spec, that came of these options."""
-    norm = calibration.calibration(entry.name)
-    return replace(
-        entry, spec=spec, sqnr_db=norm.sqnr_db(spec),
-        input_record=side_record(options.input, norm.observer.input),
-        output_record=side_record(options.output, norm.observer.output),
-    )  # fmt: skip
+    for name in free:
+        before, behind = tuned[Side(name, False)], tuned[Side(name, True)]
+        specs[name] = calibration.calibration(name).plan(before.params, behind.params, options)
+    made = calibration.assembled({name: (spec, options) for name, spec in specs.items()})
+    return replace(made, objective="model", compared_feeds=objective.feeds), tuned
 
 
 def _downhill(objective: ModelObjective, side: Side, params: QuantParams, noise: float) -> tuple[QuantParams, float]:
@@ -145,4 +116,4 @@ def _capped(params: QuantParams) -> QuantParams | None:
     if params.exponents is None or len(set(params.exponents)) == 1:
         return None
     capped = np.minimum(params.exponents, max(params.exponents) - 1).tolist()
-    return QuantParams(params.dtype, params.scale, params.zero_point, capped, narrow_range=params.narrow_range)
+    return replace(params, exponents=capped)

@@ -116,7 +116,8 @@ def split(node: ir.Node, opset: int) -> ir.Node:
     total = _embeddings(tape, node) if node.op_type == "EmbedLayerNormalization" else _sum(tape, node)
     gamma, beta = parameters(node)
     attributes = {"epsilon": node.attributes.get_float("epsilon", 1e-12), "axis": -1}
-    name = next(name for name, found in _KINDS.items() if found is kind(node))
+    # the last of its kind: ONNX Runtime's own, which runs in models of every opset
+    name = [name for name, found in _KINDS.items() if found is kind(node)][-1]
     inputs = [total, gamma] if beta is None else [total, gamma, beta]  # ONNX Runtime crashes on an empty last input
     y = tape.op(name, inputs, attributes, name=node.name)
     old, new = [node.outputs[0], node.outputs[_PLACES[node.op_type][-1]]], [y, total]

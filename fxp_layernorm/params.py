@@ -56,6 +56,8 @@ class SideRecord:
         The largest channel exponent that was allowed; None with ``model``, like `symmetric`.
     symmetric : bool or None
         Whether the zero point was to be the middle of the codes.
+    narrow_range : bool or None
+        Whether the lowest code was to stay unused.
     per_channel : bool
         Whether each channel has a scale of its own.
     percentile : float or None
@@ -69,6 +71,7 @@ class SideRecord:
     method: str
     exponents: int | None
     symmetric: bool | None
+    narrow_range: bool | None
     per_channel: bool
     percentile: float | None
     low: float | None
@@ -111,6 +114,87 @@ class NormParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormFormat:
+    """The formats of one norm in a `TradeOff`.
+
+    Attributes
+    ----------
+    input, output : str
+        Like ``int8`` or ``int8+7``: with channel exponents up to 7.
+    residual : bool
+        Whether the norm adds two tensors of the input's format itself.
+    noise : float
+        What input and output, quantized alone, add to the noise of the model's outputs.
+    cost_pj : float
+        An element's energy, by the cost model of `analysis.precision`.
+    """
+
+    __pydantic_config__ = files.STRICT
+
+    input: str
+    output: str
+    residual: bool
+    noise: float
+    cost_pj: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TradeOff:
+    """A choice of formats for all norms, what it costs, and what the model's outputs are like.
+
+    Attributes
+    ----------
+    cost_pj : float
+        An element's energy, the mean over the elements of all norms.
+    noise_expected : float
+        The sum of the norms' own.
+    cosine : float
+    sqnr_db, max_lsb : float or None
+        Measured with all norms in these formats, of the worst of the model's outputs, as `calibration.Quality` defines
+        them; None where they are not finite.
+    formats : dict of str to NormFormat
+        By the norms' names.
+    """
+
+    __pydantic_config__ = files.STRICT
+
+    cost_pj: float
+    noise_expected: float
+    cosine: float
+    sqnr_db: float | None
+    max_lsb: float | None
+    formats: dict[str, NormFormat]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetRecord:
+    """What was asked of the model's outputs, and how the formats for it were chosen.
+
+    Attributes
+    ----------
+    metric : str
+        ``cosine``, ``sqnr_db`` or ``max_lsb``.
+    value : float
+        What it was to be.
+    met : bool
+    reached : float or None
+        What it is with the chosen formats; None where it is not finite.
+    chosen : TradeOff
+    curve : tuple of TradeOff
+        From the cheapest formats to the most accurate.
+    """
+
+    __pydantic_config__ = files.STRICT
+
+    metric: str
+    value: float
+    met: bool
+    reached: float | None
+    chosen: TradeOff
+    curve: tuple[TradeOff, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelParams:
     """What `calibrate` found for a model.
 
@@ -126,6 +210,18 @@ class ModelParams:
         Of the libraries that computed the activations and these parameters.
     warnings : tuple of CalibrationWarning
     norms : tuple of NormParams
+    lane : int or None
+        The bits of the element stage that were asked for, if any.
+    hardware : str or None
+        The limits that were asked for: a preset's name, or the `Hardware` in Python.
+    fuse_residual : bool
+        Whether norms were to add residuals themselves wherever they can.
+    objective : str
+        ``norm``, or ``model`` where scales were tuned for the model's outputs.
+    compared_feeds : int
+        On how many feeds, the first ones, the model's outputs were compared to tune for them or to reach the target.
+    target : TargetRecord or None
+        The target that the formats were chosen for.
     """
 
     __pydantic_config__ = files.STRICT
@@ -136,6 +232,12 @@ class ModelParams:
     versions: dict[str, str]
     warnings: tuple[CalibrationWarning, ...]
     norms: tuple[NormParams, ...]
+    lane: int | None = None
+    hardware: str | None = None
+    fuse_residual: bool = False
+    objective: str = "norm"
+    compared_feeds: int = 0
+    target: TargetRecord | None = None
 
     def __post_init__(self) -> None:
         names = [norm.name for norm in self.norms]

@@ -208,6 +208,27 @@ def test_record_of_ranges_and_samples() -> None:
     assert norm.output_record.low == pytest.approx(output.min(), rel=1e-6)
     assert norm.output_record.high == pytest.approx(output.max(), rel=1e-6)
     assert set(params.versions) == {"numpy", "onnx", "onnx-ir", "onnxruntime"}
+    assert (params.lane, params.hardware, params.fuse_residual, params.objective) == (None, None, False, "norm")
+
+
+@pytest.mark.parametrize("exponents", [0, 7])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_narrow_ranges_and_limits_on_record(symmetric: bool, exponents: int, tmp_path: Path) -> None:
+    """No code is the lowest, even of values beyond the range; what was asked for is in the file."""
+    data, limits = feeds(), fxp.Hardware(accumulator=48)
+    params = calibrate_model(
+        model_with_norms(), Feeds(data), narrow_range=True, exponents=exponents, symmetric=symmetric, lane=32,
+        hardware=limits, fuse_residual=True,
+    )  # fmt: skip
+    for norm in params.norms:
+        assert norm.input_record.narrow_range is norm.output_record.narrow_range is True
+        for side in (norm.spec.input, norm.spec.output):
+            assert side.quantize(np.full((1, N), -1e9)).min() == -127
+    params.save(tmp_path / "p.json")
+    loaded = ModelParams.load(tmp_path / "p.json")
+    assert (loaded.lane, loaded.hardware, loaded.fuse_residual) == (32, repr(limits), True)
+    named = calibrate_model(model_with_norms(), Feeds(data), hardware=fxp.Hardware.parse("mac32x32-64"))
+    assert named.hardware == "mac32x32-64"
 
 
 def _outputs(model: onnx.ModelProto, feed: dict[str, Any]) -> Any:

@@ -14,11 +14,22 @@ import onnx
 import pytest
 from onnx import helper
 from onnx_models import N, feeds, model_with_norms, run_onnxruntime
+from test_adding_norms import skip_feeds, skip_model
+from test_bodies import NODE, model_of, norm
+from test_bodies import data as bodies_data
+from test_residual import BLOCK
 
 from fxp_layernorm import export
-from fxp_layernorm.analysis.precision import Format, Target, _hull, meet_target
-from fxp_layernorm.calibration import CalibrationOptions, ModelCalibration, ModelObjective, tune_model
-from fxp_layernorm.calibration.simulation import Simulation
+from fxp_layernorm.analysis import analyze_model
+from fxp_layernorm.analysis.precision import BIT_MOVED_PJ, Format, Target, _hull, energy, measurements, meet_target
+from fxp_layernorm.calibration import (
+    CalibrationOptions,
+    ModelCalibration,
+    ModelObjective,
+    calibrate_model,
+    tune_model,
+)
+from fxp_layernorm.calibration.simulation import Sides, Simulation
 from fxp_layernorm.cli import main
 from fxp_layernorm.errors import InputError
 from fxp_layernorm.params import ModelParams
@@ -86,7 +97,7 @@ def test_simulated_codes_are_within_one_of_the_integers(shape: tuple[int, ...]) 
     assert norm.spec.excess < 0.5
     steps = norm.spec.output.channel_steps(N).reshape(shape)
     for feed in data:
-        simulated = simulation.run(feed, {"norm0": (norm.spec.input, norm.spec.output)})["y"] / steps
+        simulated = simulation.run(feed, {"norm0": Sides.of(norm.spec)})["y"] / steps
         codes = run_onnxruntime(integer, feed)[0] / steps
         np.testing.assert_allclose(simulated, np.rint(simulated), atol=1e-4)
         assert np.abs(np.rint(simulated) - np.rint(codes)).max() <= 1
@@ -106,7 +117,7 @@ def test_simulation_of_norms_that_add() -> None:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     (feed, *_) = feeds()
     coarse = QuantParams("int8", 0.5)
-    result = Simulation(model, ["skip"]).run(feed, {"skip": (coarse, None)})
+    result = Simulation(model, ["skip"]).run(feed, {"skip": Sides(coarse)})
     np.testing.assert_array_equal(result["sum"], 2 * feed["x"])
     rounded = coarse.dequantize(coarse.quantize(2 * feed["x"])).astype(np.float64)
     deviation = np.sqrt(rounded.var(-1, keepdims=True) + 1e-5)
@@ -135,8 +146,7 @@ def test_tuning_clips_outliers_that_the_model_does_not_use() -> None:
     better, _ = tune_model(calibration, objective, params, OPTIONS)
     fresh = ModelObjective(model, names(params), Feeds(outlier_feeds(4, 2)))
     before, after = (
-        fresh.measure({norm.name: (norm.spec.input, norm.spec.output) for norm in each.norms})
-        for each in (params, better)
+        fresh.measure({norm.name: Sides.of(norm.spec) for norm in each.norms}) for each in (params, better)
     )
     assert after.sqnr_db > before.sqnr_db + 3
 
@@ -147,14 +157,16 @@ def test_chosen_ranges_are_not_tuned() -> None:
     options = CalibrationOptions.of(method="minmax")
     params = calibration.params(options)
     objective = ModelObjective(model, names(params), Feeds(data))
-    assert tune_model(calibration, objective, params, options)[0] == params
+    tuned, _ = tune_model(calibration, objective, params, options)
+    assert tuned.norms == params.norms
+    assert (tuned.objective, tuned.compared_feeds) == ("model", objective.feeds)
 
 
 def test_hull_leaves_out_what_a_mixture_beats() -> None:
     rng = np.random.default_rng(3)
     spec: Any = None
     pairs = rng.integers(1, 40, size=(30, 2))
-    formats = [Format("int8", "int8", float(noise), float(cost), spec, OPTIONS) for noise, cost in pairs]
+    formats = [Format("int8", "int8", False, float(noise), float(cost), spec, OPTIONS) for noise, cost in pairs]
     hull = _hull(formats)
     assert hull[0].cost_pj == pairs[:, 1].min()
     assert hull[-1].noise == pairs[:, 0].min()
@@ -171,7 +183,7 @@ def test_target_takes_the_cheapest_that_meets_it() -> None:
     objective = ModelObjective(model, names(params), Feeds(data))
 
     def found(text: str) -> Any:
-        return meet_target(calibration, objective, params, OPTIONS, Target.parse(text))
+        return meet_target(calibration, objective, OPTIONS, Target.parse(text))
 
     cheap = found("sqnr_db=-20")
     assert cheap.met
@@ -180,12 +192,68 @@ def test_target_takes_the_cheapest_that_meets_it() -> None:
     assert middle.met
     assert cheap.chosen.cost_pj < middle.chosen.cost_pj <= cheap.curve[-1].cost_pj
     assert all(point.cost_pj >= middle.chosen.cost_pj for point in middle.curve if middle.target.met(point.quality))
-    for norm in middle.params.norms:
-        assert norm.spec == middle.chosen.formats[norm.name].spec
-        assert norm.input_record.exponents == middle.chosen.formats[norm.name].options.input.exponents
+    for entry in middle.params.norms:
+        assert entry.spec == middle.chosen.formats[entry.name].spec
+        assert entry.input_record.exponents == middle.chosen.formats[entry.name].options.input.exponents
     best = found("sqnr_db=290")
     assert not best.met
     assert best.chosen.quality.sqnr_db == max(point.quality.sqnr_db for point in best.curve)
+
+
+def residual_stream() -> onnx.ModelProto:
+    """Return two norms behind residual adds; the first one's sum goes on to the second."""
+    return model_of(BLOCK + norm(NODE, "s0", "o") + "n1 = Tanh(o) s1 = Add(s0, n1) " + norm(NODE, "s1", "y", 1))
+
+
+@pytest.mark.parametrize("operator", ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
+def test_simulated_residuals_are_within_one_code_of_the_integers(operator: str) -> None:
+    """Both the norm's output and the sum that it shows."""
+    inputs = ["x", "skip", "gamma", "beta"] if operator == "SkipLayerNormalization" else ["x", "skip", "gamma"]
+    model, data = skip_model(operator, inputs, ["n", "", "", "total"]), skip_feeds()
+    model.graph.node[1].op_type = "Identity"  # that shows the norm's own output
+    params = calibrate_model(model, Feeds(data), fuse_residual=True)
+    (entry,) = params.norms
+    assert entry.spec.sum_output is not None
+    simulation = Simulation(model, ["norm"], residuals=True)
+    for feed in data:
+        simulated = simulation.run(feed, {"norm": Sides.of(entry.spec)})
+        y, total = run_onnxruntime(export.quantize_model(model, params), feed)
+        steps = entry.spec.output.channel_steps(entry.spec.n)
+        assert np.abs(np.rint(simulated["y"] / steps) - np.rint(y / steps)).max() <= 1
+        codes, exact = (np.rint(values / entry.spec.sum_output.scale) for values in (simulated["total"], total))
+        assert np.abs(codes - exact).max() <= 1
+        assert not np.array_equal(simulated["total"], simulation.run(feed, {})["total"])
+
+
+def test_targets_take_residuals_where_that_is_cheaper(tmp_path: Path) -> None:
+    model, feeds_ = residual_stream(), bodies_data()
+    calibration = ModelCalibration(model, observe_addends=True)
+    calibration.observe(Feeds(feeds_))
+    objective = ModelObjective(model, calibration.names, Feeds(feeds_), residuals=True)
+    done: list[None] = []
+    found = meet_target(calibration, objective, OPTIONS, Target.parse("sqnr_db=35"), lambda: done.append(None))
+    assert found.met
+    assert len(done) == measurements(calibration) == 2 * 12
+    assert any(each.residual for each in found.chosen.formats.values())
+    for name, each in found.chosen.formats.items():
+        entry = next(entry for entry in found.params.norms if entry.name == name)
+        assert entry.spec == each.spec
+        assert (entry.spec.residual is not None) == each.residual
+        assert each.cost_pj == energy(entry.spec, adds_before=True)
+    # what is simulated is what the integers do
+    verified = export.verify(model, export.quantize_model(model, found.params), found.params, Feeds(feeds_))
+    assert verified.exact
+    assert verified.outputs[0].sqnr_db == pytest.approx(found.chosen.quality.sqnr_db, abs=1.0)
+    # an Add outside counts: the same codes cost more without the residual
+    outside = calibration.spec(calibration.names[0], OPTIONS, fuse=False)
+    assert energy(outside, adds_before=True) == energy(outside, adds_before=False) + 24 * BIT_MOVED_PJ
+    found.params.save(tmp_path / "p.json")
+    assert ModelParams.load(tmp_path / "p.json") == found.params
+    record = found.params.target
+    assert record is not None
+    assert (record.chosen, record.curve) == (found.chosen.record(), tuple(each.record() for each in found.curve))
+    page = analyze_model(model, found.params, Feeds(feeds_))
+    assert page.target == record
 
 
 @pytest.mark.parametrize(
@@ -212,6 +280,7 @@ def test_command(tmp_path: Path) -> None:
     code, document, _ = run("--objective", "model")
     assert code == 0
     assert len(document["objective"]["norms"]) == 4
+    assert ModelParams.load(tmp_path / "p.json").objective == "model"
     assert run()[0] == 0
     assert ModelParams.load(tmp_path / "p.json") == calibrated(model_with_norms(), feeds())[1]
 
@@ -221,6 +290,13 @@ def test_command(tmp_path: Path) -> None:
     assert document["chosen"]["cosine"] >= 0.99
     assert [point["cost_pj"] for point in document["curve"]] == sorted(point["cost_pj"] for point in document["curve"])
     assert "cosine 0.99" in errors.splitlines()[-1]
+    pytest.importorskip("matplotlib", reason="needs the extra [report]")
+    page = tmp_path / "r.html"
+    arguments = ["report", str(tmp_path / "model.onnx"), str(tmp_path / "p.json"), "--data", str(tmp_path / "feeds")]
+    result = click.testing.CliRunner().invoke(main, [*arguments, "-o", str(page)])
+    assert result.exit_code == 0, result.stderr
+    assert "at least 0.99, on" in page.read_text()
+    assert json.loads(page.with_suffix(".json").read_text())["target"]["curve"] == document["curve"]
 
     code, document, errors = run("--target", "sqnr_db=250")
     assert code == 1
@@ -230,3 +306,6 @@ def test_command(tmp_path: Path) -> None:
     assert len(ModelParams.load(tmp_path / "p.json").norms) == 2
 
     assert run("--target", "cosine=2")[0] == 2
+    code, _, errors = run("--target", "cosine=0.99", "--asymmetric")
+    assert code == 2
+    assert "--symmetric or --asymmetric" in errors

@@ -22,6 +22,8 @@ class Cost:
     multiplier : int
         One-bit products of both multiplications: (u - c) times R and t times G. The area of an array multiplier is
         in proportion to it.
+    adder : int
+        One-bit products of the input stage: codes times M, of a residual too; 0 where codes are only shifted.
     row_bits : int
         Bits of V0 = n^2 * variance, without sign: the widest integer of the row stage that the codes decide. V is V0
         with 2h fraction bits more.
@@ -30,6 +32,7 @@ class Cost:
     bits_moved: float
     factors: tuple[int, int, int, int]
     multiplier: int
+    adder: int
     row_bits: int
 
 
@@ -42,6 +45,7 @@ def cost(norms: Iterable[tuple[LayerNormSpec, int]]) -> Cost:
         bits_moved=sum(_bits_moved(spec) * spec.n * rows for spec, rows in listed) / elements,
         factors=(factors[0], factors[1], factors[2], factors[3]),
         multiplier=factors[0] * factors[1] + factors[2] * factors[3],
+        adder=max(_adder(spec) for spec, _ in listed),
         row_bits=max(spec.row_stage.codes.v0_max.bit_length() for spec, _ in listed),
     )
 
@@ -49,6 +53,13 @@ def cost(norms: Iterable[tuple[LayerNormSpec, int]]) -> Cost:
 def _bits_moved(spec: LayerNormSpec) -> int:
     outputs = [spec.output] if spec.sum_output is None else [spec.output, spec.sum_output]
     return sum(params.dtype.bits for params in (*spec.operands, *outputs))
+
+
+def _adder(spec: LayerNormSpec) -> int:
+    multipliers = () if spec.adder is None else spec.adder.multipliers
+    return sum(
+        params.dtype.bits * (max(M).bit_length() + 1) for params, M in zip(spec.operands, multipliers, strict=False)
+    )
 
 
 def _factors(spec: LayerNormSpec) -> tuple[int, int, int, int]:

@@ -110,7 +110,7 @@ def analyze_model(
     )
     return ModelAnalysis(
         model=model_name, data=data_name, feeds=count, harm_feeds=len(held), harm=tuple(harm), together=together,
-        suggestions=_suggestions(harm, norms), norms=norms,
+        suggestions=_suggestions(harm, norms), norms=norms, compared_feeds=params.compared_feeds, target=params.target,
     )  # fmt: skip
 
 

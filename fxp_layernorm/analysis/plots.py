@@ -6,6 +6,7 @@ A colour means one thing everywhere: `COLOURS`.
 from __future__ import annotations
 
 import io
+import math
 import re
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from matplotlib.ticker import EngFormatter, NullLocator
 from .stages import Stage
 
 if TYPE_CHECKING:
+    from ..params import TargetRecord
     from .report import Harm, Histogram, NormAnalysis
     from .sweeps import Point
 
@@ -124,6 +126,34 @@ def harm(entries: tuple[Harm, ...]) -> str:
         axes.set_xlabel("norm, by rank")
         axes.set_ylabel("noise power, %\nof the output's")
         return _svg(figure, "The model's noise by norm")
+
+
+def trade_off(target: TargetRecord) -> str:
+    """Return what the model's outputs reach over what the formats cost, with the target and the chosen formats."""
+    values = [_distance(target, getattr(point, target.metric)) for point in (*target.curve, target.chosen)]
+    costs = [point.cost_pj for point in (*target.curve, target.chosen)]
+    with _style("trade-off"):
+        figure = Figure(figsize=(7.0, 2.6))
+        axes = figure.add_axes((0.1, 0.17, 0.88, 0.8))
+        axes.plot(costs[:-1], values[:-1], color=_GREY, marker="o", markersize=4, linewidth=0.8)
+        axes.plot(costs[-1:], values[-1:], color=COLOURS["output"], marker="D", markersize=7)
+        axes.axhline(_distance(target, target.value), color=COLOURS["bound"], linestyle="--", linewidth=1.2)
+        if target.metric != "sqnr_db":
+            axes.set_yscale("log")
+        axes.set_xlabel("pJ an element (diamond: chosen, dashed: target)")
+        axes.set_ylabel(_METRICS[target.metric])
+        return _svg(figure, "What the model's outputs reach over cost")
+
+
+#: How the figure of a target is labelled.
+_METRICS = {"cosine": "1 - cosine", "sqnr_db": "SQNR, dB", "max_lsb": "largest error, 255ths"}
+
+
+def _distance(target: TargetRecord, value: float | None) -> float:
+    """Return a figure as it is drawn: a cosine by its distance from 1; NaN, which is not drawn, where there is none."""
+    if value is None:
+        return math.nan
+    return 1 - value if target.metric == "cosine" else value
 
 
 def sweep(points: tuple[Point, ...]) -> str:

@@ -17,9 +17,10 @@ from enum import StrEnum
 from ..calibration.models import ModelCalibration
 from ..calibration.objective import ModelObjective, Quality
 from ..calibration.options import CalibrationOptions, SideOptions
-from ..calibration.tuning import Side, Tuned, choice, is_free, tune, with_options
+from ..calibration.simulation import Sides
+from ..calibration.tuning import Side, Tuned, tune
 from ..errors import FxpError, InputError
-from ..params import ModelParams
+from ..params import ModelParams, NormFormat, TargetRecord, TradeOff
 from ..spec import LayerNormSpec
 from .cost import cost
 
@@ -68,9 +69,14 @@ class Target:
                 f"the target is {text!r}; give one of {', '.join(Metric)} and a number, as in cosine=0.999"
             ) from None
 
+    def of(self, quality: Quality) -> float:
+        """Return what it is about."""
+        value: float = getattr(quality, self.metric.value)
+        return value
+
     def met(self, quality: Quality) -> bool:
         """Whether outputs reach it."""
-        value: float = getattr(quality, self.metric.value)
+        value = self.of(quality)
         return value <= self.value if self.metric is Metric.MAX_LSB else value >= self.value
 
     def __str__(self) -> str:
@@ -85,17 +91,19 @@ class Format:
     ----------
     input, output : str
         Like ``int8`` or ``int8+7``: with channel exponents up to 7.
+    residual : bool
+        Whether the norm adds two tensors of the input's format itself; their sum then keeps 16 bits.
     noise : float
         The sum of what input and output, quantized alone, add to the noise of the model's outputs.
     cost_pj : float
-        An element's energy: `BIT_MOVED_PJ` for each bit of its codes, `BIT_PRODUCT_PJ` for each one-bit product of the
-        element stage's two multiplications.
+        An element's energy, see `energy`.
     spec : LayerNormSpec
     options : CalibrationOptions
     """
 
     input: str
     output: str
+    residual: bool
     noise: float
     cost_pj: float
     spec: LayerNormSpec
@@ -123,6 +131,20 @@ class Point:
     noise: float
     quality: Quality
 
+    def record(self) -> TradeOff:
+        """Return what the parameter file holds of it."""
+        formats = {
+            name: NormFormat(
+                input=each.input, output=each.output, residual=each.residual, noise=each.noise, cost_pj=each.cost_pj
+            )
+            for name, each in self.formats.items()
+        }
+        sqnr_db, max_lsb = (_finite(value) for value in (self.quality.sqnr_db, self.quality.max_lsb))
+        return TradeOff(
+            cost_pj=self.cost_pj, noise_expected=self.noise, cosine=self.quality.cosine, sqnr_db=sqnr_db,
+            max_lsb=max_lsb, formats=formats,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class MixedPrecision:
@@ -137,7 +159,7 @@ class MixedPrecision:
     curve : tuple of Point
         From the cheapest formats to the most accurate.
     params : ModelParams
-        For the chosen formats.
+        For the chosen formats, with all of this on record.
     """
 
     target: Target
@@ -145,6 +167,24 @@ class MixedPrecision:
     chosen: Point
     curve: tuple[Point, ...]
     params: ModelParams
+
+
+def energy(spec: LayerNormSpec, *, adds_before: bool) -> float:
+    """Return what an element of a norm costs in pJ.
+
+    `BIT_MOVED_PJ` for each bit of its codes, `BIT_PRODUCT_PJ` for each one-bit product of the input stage and of the
+    element stage's two multiplications.
+
+    Parameters
+    ----------
+    spec : LayerNormSpec
+    adds_before : bool
+        Whether the model adds two tensors before the norm. Where the norm doesn't do that itself, an Add counts too: it
+        reads two values and writes one, each as wide as the norm's input.
+    """
+    price = cost([(spec, 1)])
+    moved = price.bits_moved + (3 * spec.input.dtype.bits if adds_before and spec.residual is None else 0)
+    return BIT_MOVED_PJ * moved + BIT_PRODUCT_PJ * (price.adder + price.multiplier)
 
 
 def side_formats(side: SideOptions) -> dict[str, SideOptions]:
@@ -155,19 +195,19 @@ def side_formats(side: SideOptions) -> dict[str, SideOptions]:
     for bits in (8, 16):
         for exponents in (0, largest):
             name = f"{kind}{bits}+{exponents}" if exponents else f"{kind}{bits}"
-            chosen[name] = SideOptions(f"{kind}{bits}", exponents=exponents, percentile=side.percentile)
+            chosen[name] = SideOptions(f"{kind}{bits}", exponents=exponents, narrow_range=side.narrow_range)
     return chosen
 
 
-def measurements(params: ModelParams) -> int:
-    """Return how often `meet_target` calls `advance` for the sides."""
-    return len(params.norms) * 2 * 4
+def measurements(calibration: ModelCalibration) -> int:
+    """Return how often `meet_target` calls `advance`."""
+    free = [name for name in calibration.names if calibration.is_free(name)]
+    return sum(4 * (3 if calibration.can_fuse(name) else 2) for name in free)
 
 
 def meet_target(
     calibration: ModelCalibration,
     objective: ModelObjective,
-    params: ModelParams,
     options: CalibrationOptions,
     target: Target,
     advance: Callable[[], None] = lambda: None,
@@ -177,31 +217,32 @@ def meet_target(
     Parameters
     ----------
     calibration : ModelCalibration
-        That has observed the data.
+        That has observed the data; where it observed addends, norms that add them are among the formats. Norms whose
+        parameters stand in the model keep them.
     objective : ModelObjective
-    params : ModelParams
-        What `calibration` gave; norms whose parameters stand in the model keep them.
     options : CalibrationOptions
         The kind of the codes, signed or not, the largest exponent, the lane and the hardware.
     target : Target
     advance : callable
         Called after each side that was measured in a format.
     """
-    free = [entry.name for entry in params.norms if is_free(entry)]
+    free = [name for name in calibration.names if calibration.is_free(name)]
     if not free:
-        raise InputError("no norm has formats to choose: their parameters stand in the model, or residuals are fused")
-    rows = {entry.name: entry.rows * entry.spec.n for entry in params.norms}
+        raise InputError("no norm has formats to choose: their parameters stand in the model")
+    others = [name for name in calibration.names if name not in free]
+    specs = {name: (calibration.spec(name, options, fuse=False), options) for name in others}
+    fixed = {name: Sides.of(spec) for name, (spec, _) in specs.items()}
+    norms = {name: calibration.calibration(name) for name in free}
+    rows = {name: norm.observer.rows * norm.layer.n for name, norm in norms.items()}
     hulls = {name: _hull(_formats(calibration, objective, name, options, advance)) for name in free}
-    fixed = {name: sides for name, sides in choice(params).items() if name not in free}
-    elements = sum(rows[name] for name in free)
+    elements = sum(rows.values())
 
     def point(formats: Mapping[str, Format]) -> Point:
-        chosen = fixed | {name: (each.spec.input, each.spec.output) for name, each in formats.items()}
         return Point(
             formats=dict(formats),
             cost_pj=sum(each.cost_pj * rows[name] for name, each in formats.items()) / elements,
             noise=sum(each.noise for each in formats.values()),
-            quality=objective.measure(chosen),
+            quality=objective.measure(fixed | {name: Sides.of(each.spec) for name, each in formats.items()}),
         )
 
     formats = {name: hull[0] for name, hull in hulls.items()}
@@ -213,11 +254,23 @@ def meet_target(
     chosen = min(met, key=lambda each: each.cost_pj) if met else _closest(curve, target)
     if met:
         chosen = _without_waste(chosen, hulls, rows, target, point)
-    entries = []
-    for entry in params.norms:
-        best = chosen.formats.get(entry.name)
-        entries.append(entry if best is None else with_options(calibration, entry, best.spec, best.options))
-    return MixedPrecision(target, bool(met), chosen, tuple(curve), replace(params, norms=tuple(entries)))
+    specs |= {name: (each.spec, each.options) for name, each in chosen.formats.items()}
+    record = TargetRecord(
+        metric=target.metric.value, value=target.value, met=bool(met), reached=_finite(target.of(chosen.quality)),
+        chosen=chosen.record(), curve=tuple(each.record() for each in curve),
+    )  # fmt: skip
+    params = replace(calibration.assembled(specs), compared_feeds=objective.feeds, target=record)
+    return MixedPrecision(target, bool(met), chosen, tuple(curve), params)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A norm's input in one of its formats: what is quantized, and the noise of that alone."""
+
+    name: str
+    options: SideOptions
+    sides: Sides
+    noise: float
 
 
 def _formats(
@@ -225,29 +278,37 @@ def _formats(
     advance: Callable[[], None],
 ) -> list[Format]:  # fmt: skip
     """Return all pairs of a norm's formats that can be planned, with their measured noise."""
-    norm = calibration.calibration(name)
-    inputs, outputs = side_formats(options.input), side_formats(options.output)
-    found: dict[tuple[bool, str], Tuned] = {}
-    for (in_name, input), (out_name, output) in zip(inputs.items(), outputs.items(), strict=True):
-        spec = norm.spec(replace(options, input=input, output=output))
-        sides = {Side(name, False): (spec.input, input), Side(name, True): (spec.output, output)}
-        tuned = tune(objective, sides, advance)
-        found[False, in_name], found[True, out_name] = tuned[Side(name, False)], tuned[Side(name, True)]
+    norm, adds = calibration.calibration(name), calibration.can_fuse(name)
+    inputs: list[_Input] = []
+    outputs: dict[str, tuple[SideOptions, Tuned]] = {}
+    wide = replace(options, lane=None, hardware=None)  # what fits is asked for each pair
+    kinds = zip(side_formats(options.input).items(), side_formats(options.output).items(), strict=True)
+    for (in_name, input), (out_name, output) in kinds:
+        chosen = replace(wide, input=input, output=output)
+        spec = calibration.spec(name, chosen, fuse=False)
+        before, behind = Side(name, False), Side(name, True)
+        tuned = tune(objective, {before: (spec.input, input), behind: (spec.output, output)}, advance)
+        inputs.append(_Input(in_name, input, Sides(tuned[before].params), tuned[before].noise))
+        outputs[out_name] = output, tuned[behind]
+        if adds:
+            sides = Sides.of(calibration.spec(name, chosen, fuse=True))._replace(output=None)
+            inputs.append(_Input(in_name, input, sides, objective.measure({name: sides}).noise))
+            advance()
     formats = []
-    for in_name, input in inputs.items():
-        for out_name, output in outputs.items():
-            before, behind = found[False, in_name], found[True, out_name]
-            chosen = replace(options, input=input, output=output)
-            try:
-                spec = norm.plan(before.params, behind.params, chosen)
-            except FxpError:  # a pair that doesn't fit the lane or the hardware; the others may
-                continue
-            price = cost([(spec, 1)])
-            energy = BIT_MOVED_PJ * price.bits_moved + BIT_PRODUCT_PJ * price.multiplier
-            formats.append(Format(in_name, out_name, before.noise + behind.noise, energy, spec, chosen))
-    if not formats:
-        before, behind = found[False, next(iter(inputs))], found[True, next(iter(outputs))]
-        norm.plan(before.params, behind.params, options)  # raises what is the matter
+    failure: FxpError | None = None
+    for each, (out_name, (output, made)) in itertools.product(inputs, outputs.items()):
+        chosen, sides = replace(options, input=each.options, output=output), each.sides
+        assert sides.input is not None
+        residual, total = sides.residual, sides.sum_output
+        try:
+            spec = norm.plan(sides.input, made.params, chosen, residual=residual, sum_output=total)
+        except FxpError as error:  # a pair that doesn't fit the lane or the hardware; the others may
+            failure = error
+            continue
+        price, noise = energy(spec, adds_before=adds), each.noise + made.noise
+        formats.append(Format(each.name, out_name, residual is not None, noise, price, spec, chosen))
+    if failure is not None and not formats:
+        raise type(failure)(f"norm {name!r} in none of its formats: {failure}") from failure
     return formats
 
 
@@ -280,7 +341,11 @@ def _steps(hulls: Mapping[str, list[Format]], rows: Mapping[str, int]) -> list[t
 
 def _closest(curve: Iterable[Point], target: Target) -> Point:
     sign = -1 if target.metric is Metric.MAX_LSB else 1
-    return max(curve, key=lambda each: sign * getattr(each.quality, target.metric.value))
+    return max(curve, key=lambda each: sign * target.of(each.quality))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _without_waste(

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from .. import files
+from ..params import TargetRecord
 from .attribution import Attribution
 
 SCHEMA_VERSION = 2
@@ -333,6 +334,10 @@ class ModelAnalysis(_Report):
         Those of all norms, equal commands once, for the most harmful norm first.
     norms : tuple of NormAnalysis
         In the model's order.
+    compared_feeds : int
+        The feeds that `calibrate` compared the model's outputs on.
+    target : TargetRecord or None
+        The target that `calibrate` chose the formats for, with its trade-off curve.
     """
 
     model: str
@@ -343,6 +348,8 @@ class ModelAnalysis(_Report):
     together: Harm
     suggestions: tuple[Suggestion, ...]
     norms: tuple[NormAnalysis, ...]
+    compared_feeds: int
+    target: TargetRecord | None
 
     def _worst_arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         for index, norm in enumerate(self.norms):

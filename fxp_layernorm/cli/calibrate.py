@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..hardware import PRESETS
 from ..quantization import DType
@@ -13,6 +15,12 @@ from . import common, model_output
 
 #: By name, as `fxp_layernorm.calibration` is imported only when the command runs.
 _METHODS = click.Choice(["minmax", "moving_average", "percentile", "mse", "entropy"])
+#: Options that --target decides itself, by the names of their values.
+_DECIDED_BY_TARGET = {
+    "method": "--method", "input_method": "--input-method", "output_method": "--output-method",
+    "percentile": "--percentile", "symmetric": "--symmetric or --asymmetric",
+    "output_per_channel": "--output-per-channel", "fuse_residual": "--fuse-residual",
+}  # fmt: skip
 _TYPES = click.Choice([dtype.value for dtype in DType if dtype.bits <= 16])
 
 
@@ -57,6 +65,10 @@ _TYPES = click.Choice([dtype.value for dtype in DType if dtype.bits <= 16])
     help="Whether the zero point is the middle of the codes. [default: symmetric with exponents, asymmetric without]",
 )  # fmt: skip
 @click.option(
+    "--narrow-range", is_flag=True,
+    help="Leave the lowest code of each type out, as symmetric quantization has it: -127 to 127.",
+)  # fmt: skip
+@click.option(
     "--fuse-residual", is_flag=True,
     help="Where a norm follows the sum of two tensors, let it take the codes of both and add them itself.",
 )  # fmt: skip
@@ -92,8 +104,9 @@ _TYPES = click.Choice([dtype.value for dtype in DType if dtype.bits <= 16])
 )  # fmt: skip
 @click.option(
     "--target", metavar="METRIC=VALUE",
-    help="Find for each norm the cheapest of 8 and 16 bits, with channel exponents or without, with which the model's "
-    "outputs reach cosine=, sqnr_db= or max_lsb= (of 255 steps) against the float model's. Exits with 1 if none does.",
+    help="Find for each norm the cheapest format, of 8 and 16 bits with channel exponents or without, adding its "
+    "residual or not, with which the model's outputs reach cosine=, sqnr_db= or max_lsb= (of 255 steps) against the "
+    "float model's. Exits with 1 if none does.",
 )  # fmt: skip
 @common.json_option
 def calibrate(
@@ -123,21 +136,24 @@ def calibrate(
     from ..runtime import Feeds
 
     output = common.Output(as_json)
-    goal = model_output.parse(target, data)
+    goal = model_output.parse(target, data, objective, _given(_DECIDED_BY_TARGET))
     options = CalibrationOptions.of(input_type, output_type, lane=int(lane) if lane else None, **chosen)
-    outcome = model_output.Outcome()
     if data is None:
         found = quantized_norms(model, lane=options.lane, hardware=options.hardware, fuse_residual=fuse_residual)
+        outcome = model_output.Outcome(found.params)
         params, skipped, source = found.params, found.skipped, "with the model's own parameters"
     else:
         feeds = Feeds(data)
-        calibration = ModelCalibration(model, fuse_residual=fuse_residual)
+        calibration = ModelCalibration(model, fuse_residual=fuse_residual, observe_addends=goal is not None)
         with output.progress("Calibrating", len(feeds)) as advance:
             calibration.observe(feeds, advance, engine=parse_engine(engine, scheduler), state=state)
-        params = calibration.params(options)
-        if goal is not None or objective == "model":
-            outcome = model_output.run(model, calibration, feeds, params, options, goal, output)
-            params = outcome.params or params
+        if goal is not None:
+            outcome = model_output.meet(model, calibration, feeds, options, goal, output)
+        elif objective == "model":
+            outcome = model_output.tune(model, calibration, feeds, options, output)
+        else:
+            outcome = model_output.Outcome(calibration.params(options))
+        params = outcome.params
         skipped = {norm.name: norm.blocker or "" for norm in calibration.skipped}
         source = f"{input_type} -> {output_type}, calibrated on {common.count(params.feeds, 'feed')}"
     params.save(out)
@@ -180,3 +196,11 @@ def calibrate(
         f"{common.count(len(params.norms), 'norm')} calibrated into {out}{left}{warned}{outcome.closing}",
         passed=outcome.met,
     )
+
+
+def _given(names: Mapping[str, str]) -> Iterator[str]:
+    """Yield how those of these options are written that stand on the command line."""
+    context = click.get_current_context()
+    for name, written in names.items():
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            yield written

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from . import common
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from ..analysis.precision import MixedPrecision, Point, Target
+    from ..analysis.precision import MixedPrecision, Target
     from ..calibration import CalibrationOptions, ModelCalibration, ModelObjective, Quality, Side, Tuned
     from ..params import ModelParams
     from ..runtime import Feeds
@@ -21,48 +22,71 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Parameters for the model's outputs, and what is told about them; by default there are none."""
+    """Parameters, and what is told of the model's outputs with them."""
 
-    params: ModelParams | None = None
+    params: ModelParams
     document: dict[str, Any] = field(default_factory=dict)
     tables: list[Group] = field(default_factory=list)
     closing: str = ""
     met: bool = True
 
 
-def parse(target: str | None, data: str | None) -> Target | None:
-    """Return the target; raises InputError where it can't be one, or there is no data to measure it on."""
+def parse(target: str | None, data: str | None, objective: str, given: Iterable[str]) -> Target | None:
+    """Return the target; raises InputError where it can't be one, or goes without what else was asked for.
+
+    Parameters
+    ----------
+    target, data : str or None
+    objective : str
+    given : iterable of str
+        Options on the command line that --target decides itself.
+    """
     from ..analysis.precision import Target
 
+    if data is None and (target is not None or objective == "model"):
+        raise InputError(f"{'--objective model' if target is None else '--target'} runs the model: give --data")
     if target is None:
         return None
-    if data is None:
-        raise InputError("--target is measured on the model's outputs: give --data")
+    if objective == "model":
+        raise InputError("--target measures the model's outputs already; leave out --objective model")
+    for option in given:
+        raise InputError(f"--target chooses by itself what {option} is about; leave that out")
     return Target.parse(target)
 
 
-def run(
-    model: Path, calibration: ModelCalibration, feeds: Feeds, params: ModelParams, options: CalibrationOptions,
-    target: Target | None, output: common.Output,
-) -> Outcome:  # fmt: skip
-    """Tune the parameters for the model's outputs, or find formats that reach the target."""
-    from ..analysis.precision import measurements, meet_target
+def tune(
+    model: Path, calibration: ModelCalibration, feeds: Feeds, options: CalibrationOptions, output: common.Output
+) -> Outcome:
+    """Tune the parameters for the model's outputs."""
     from ..calibration import ModelObjective, tune_model
 
-    objective = ModelObjective(model, [entry.name for entry in params.norms], feeds)
-    if target is None:
-        with output.progress("Tuning for the model's outputs", 2 * len(params.norms)) as advance:
-            params, tuned = tune_model(calibration, objective, params, options, advance)
-        return _tuned(params, tuned, objective)
-    with output.progress("Measuring each norm in each format", measurements(params)) as advance:
-        found = meet_target(calibration, objective, params, options, target, advance)
+    params = calibration.params(options)
+    names = calibration.names
+    objective = ModelObjective(model, names, feeds, residuals=any(map(calibration.can_fuse, names)))
+    with output.progress("Tuning for the model's outputs", 2 * len(names)) as advance:
+        params, tuned = tune_model(calibration, objective, params, options, advance)
+    return _tuned(params, tuned, objective)
+
+
+def meet(
+    model: Path, calibration: ModelCalibration, feeds: Feeds, options: CalibrationOptions, target: Target,
+    output: common.Output,
+) -> Outcome:  # fmt: skip
+    """Find formats that reach the target."""
+    from ..analysis.precision import measurements, meet_target
+    from ..calibration import ModelObjective
+
+    names = calibration.names
+    objective = ModelObjective(model, names, feeds, residuals=any(map(calibration.can_fuse, names)))
+    with output.progress("Measuring each norm in each format", measurements(calibration)) as advance:
+        found = meet_target(calibration, objective, options, target, advance)
     return _mixed(found, objective)
 
 
 def _tuned(params: ModelParams, tuned: dict[Side, Tuned], objective: ModelObjective) -> Outcome:
-    from ..calibration.tuning import choice
+    from ..calibration.simulation import Sides
 
-    quality = objective.measure(choice(params))
+    quality = objective.measure({entry.name: Sides.of(entry.spec) for entry in params.norms})
     shares = {(side.norm, side.output): result for side, result in tuned.items()}
     rows = []
     for entry in params.norms:
@@ -101,27 +125,24 @@ def _figures(quality: Quality) -> dict[str, float | None]:
 
 
 def _mixed(found: MixedPrecision, objective: ModelObjective) -> Outcome:
-    chosen, target = found.chosen, found.target
+    chosen, target, record = found.chosen, found.target, found.params.target
+    assert record is not None
     rows = [
-        (name, each.input, each.output, each.cost_pj, f"{each.noise:.2e}", f"{100 * each.noise / chosen.noise:.1f} %")
+        (
+            name, each.input, "yes" if each.residual else "no", each.output, each.cost_pj, f"{each.noise:.2e}",
+            f"{100 * each.noise / chosen.noise:.1f} %",
+        )
         for name, each in chosen.formats.items()
+    ]  # fmt: skip
+    columns = ("norm", "input", "residual fused", "output", "pJ an element", "noise", "of all noise")
+    curve = [(point.cost_pj, f"{point.cosine:.6f}", point.sqnr_db, point.max_lsb) for point in record.curve]
+    figures = ("pJ an element", "cosine", "SQNR, dB", "largest error, 255ths")
+    tables = [
+        common.table("The trade-off, from the cheapest formats on", figures, curve),
+        common.table(_title(chosen.quality, objective), columns, rows),
     ]
-    columns = ("norm", "input", "output", "pJ an element", "noise", "of all noise")
-    tables = [common.table(_title(chosen.quality, objective), columns, rows)]
-    value = getattr(chosen.quality, target.metric.value)
-    document = {
-        "target": {"metric": target.metric.value, "value": target.value, "met": found.met, "reached": value},
-        "chosen": _point(chosen), "curve": [_point(point) for point in found.curve],
-    }  # fmt: skip
+    plain = asdict(record)
+    document = {"target": {name: plain.pop(name) for name in ("metric", "value", "met", "reached")}, **plain}
+    value = target.of(chosen.quality)
     reached = f"{target.metric} {value:.6g}" if found.met else f"{target} is out of reach, the best is {value:.6g}"
     return Outcome(found.params, document, tables, f", {reached} at {chosen.cost_pj:.2f} pJ an element", found.met)
-
-
-def _point(point: Point) -> dict[str, Any]:
-    return {
-        "cost_pj": point.cost_pj, "noise_expected": point.noise, **_figures(point.quality),
-        "formats": {
-            name: {"input": each.input, "output": each.output, "noise": each.noise, "cost_pj": each.cost_pj}
-            for name, each in point.formats.items()
-        },
-    }  # fmt: skip
