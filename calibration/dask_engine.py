@@ -23,8 +23,8 @@ TASK_FEEDS, TASK_BYTES = 8, 16 << 20
 TASKS_A_THREAD = 2
 #: Observers that one task merges.
 MERGED = 4
-#: Seconds to wait for the scheduler and for its first worker.
-PATIENCE = 30
+#: Seconds to wait for the scheduler, and for its first worker, which may just be starting.
+SCHEDULER_PATIENCE, WORKER_PATIENCE = 8, 30
 
 _Batch = list[tuple[int, Feed]]
 
@@ -146,12 +146,14 @@ def _client(scheduler: str | None) -> Iterator[Client]:
                 yield client
             return
         try:
-            client = Client(scheduler, timeout=PATIENCE)
-        except (OSError, ValueError) as error:
-            raise EngineError(f"the scheduler {scheduler} can't be reached: {error}") from error
+            client = Client(scheduler, timeout=SCHEDULER_PATIENCE)
+        except Exception as error:  # what answers there may be anything, and make Dask raise anything
+            raise EngineError(
+                f"the scheduler {scheduler} can't be reached: {str(error) or type(error).__name__}"
+            ) from error
         with client:
             try:
-                client.wait_for_workers(1, timeout=PATIENCE)
+                client.wait_for_workers(1, timeout=WORKER_PATIENCE)
             except TimeoutError as error:
-                raise EngineError(f"the scheduler {scheduler} has no worker after {PATIENCE} s") from error
+                raise EngineError(f"the scheduler {scheduler} has no worker after {WORKER_PATIENCE} s") from error
             yield client

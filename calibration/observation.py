@@ -25,8 +25,8 @@ from .norms import NormObserver
 from .observers import Arrays
 
 STATE_VERSION = 1
-#: Seconds between two writings of the state file.
-SAVE_SECONDS = 10.0
+#: Seconds between two writings of the state file, and how many times longer than a writing that is at the least.
+SAVE_SECONDS, SAVE_SHARE = 10.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -145,15 +145,17 @@ class StateFile:
 
     def __init__(self, path: str | Path, model_sha256: str) -> None:
         self._path, self._model = Path(path), model_sha256
-        self._saved = time.monotonic()
+        self._saved, self._took = time.monotonic(), 0.0
+        files.check_writable(path)
 
     @property
     def due(self) -> bool:
         """Whether the last writing is some time ago."""
-        return time.monotonic() - self._saved >= SAVE_SECONDS
+        return time.monotonic() - self._saved >= max(SAVE_SECONDS, SAVE_SHARE * self._took)
 
     def save(self, observer: ModelObserver) -> None:
         """Write what was observed."""
+        start = time.monotonic()
         header = {
             "schema_version": STATE_VERSION, "model_sha256": self._model, "norms": list(observer.norms),
             "feeds": observer.feeds, "data": observer.data.tobytes().hex(),
@@ -164,6 +166,7 @@ class StateFile:
         with files.atomic_path(self._path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
         self._saved = time.monotonic()
+        self._took = self._saved - start
 
     def load(self, observer: ModelObserver) -> bool:
         """Bring what was saved into a new observer, and return whether there is such a file.
@@ -182,8 +185,13 @@ class StateFile:
                 raise SpecFileError(
                     f"{self._path} has the version {version!r}; this version of fxp-layernorm reads {STATE_VERSION}"
                 )
-            if header["model_sha256"] != self._model or header["norms"] != list(observer.norms):
+            if header["model_sha256"] != self._model:
                 raise SpecFileError(f"{self._path} holds what was observed of another model; remove it to start anew")
+            if header["norms"] != list(observer.norms):
+                raise SpecFileError(
+                    f"{self._path} holds what was observed of other tensors of the model: --fuse-residual and --target "
+                    "observe what is added before a norm, too; remove it to start anew"
+                )
             for index, norm in enumerate(observer.norms.values()):
                 prefix = f"{index}."
                 norm.restore({key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)})
@@ -199,4 +207,8 @@ class StateFile:
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             if isinstance(error, SpecFileError):
                 raise
-            raise SpecFileError(f"{self._path} can't be read as saved observers: {error}") from error
+            whole = isinstance(error, OSError) or zipfile.is_zipfile(self._path)
+            reason = error if whole else "it is another kind of file, or is cut short"
+            raise SpecFileError(
+                f"{self._path} can't be read as saved observers: {reason}; remove it to start anew"
+            ) from error

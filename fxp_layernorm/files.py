@@ -30,6 +30,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     InputError
         If the folder doesn't exist or can't be written.
     """
+    target, temporary = _beside(path)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    except OSError as error:
+        raise InputError(f"{target} can't be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise InputError now if `atomic_path` could not write there: work that ends with a file may take hours."""
+    _, temporary = _beside(path)
+    temporary.unlink(missing_ok=True)
+
+
+def _beside(path: str | Path) -> tuple[Path, Path]:
+    """Return the file that is meant, and an empty new one beside it."""
     target = Path(path)
     try:
         target = target.resolve()  # what a link points to is written, not the link
@@ -41,15 +60,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{target} can't be written: {error.strerror}") from error
     except ValueError as error:  # a name that no file can have
         raise InputError(f"{str(target)!r} can't be written: {error}") from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    except OSError as error:
-        raise InputError(f"{target} can't be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    return target, Path(name)
 
 
 def _umask() -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,7 +93,21 @@ def test_errors_of_a_worker_are_those_of_the_local_run(cluster: LocalCluster) ->
         ModelCalibration(model_with_norms()).observe(Feeds(data), engine=DaskEngine(cluster.scheduler_address))
 
 
-def test_a_scheduler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dask_engine, "PATIENCE", 1)
-    with pytest.raises(EngineError, match=r"tcp://127\.0\.0\.1:9 can't be reached"):
-        ModelCalibration(model_with_norms()).observe(Feeds(dask_feeds.feeds), engine=DaskEngine("tcp://127.0.0.1:9"))
+@pytest.mark.parametrize("answer", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["nobody", "another server"])
+def test_a_scheduler_that_is_none(answer: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask_engine, "SCHEDULER_PATIENCE", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def reply() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].sendall(answer or b"")
+
+        if answer is None:
+            server.close()
+        threading.Thread(target=reply, daemon=True).start()
+        with pytest.raises(EngineError, match=rf"tcp://127\.0\.0\.1:{port} can't be reached"):
+            ModelCalibration(model_with_norms()).observe(
+                Feeds(dask_feeds.feeds), engine=DaskEngine(f"tcp://127.0.0.1:{port}")
+            )

@@ -9,6 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from .. import files
+from ..errors import InputError
 from ..hardware import PRESETS
 from ..quantization import DType
 from . import common, model_output
@@ -136,6 +138,9 @@ def calibrate(
     from ..runtime import Feeds
 
     output = common.Output(as_json)
+    files.check_writable(out)
+    if state is not None and state.resolve() == out.resolve():
+        raise InputError(f"{out} can't hold both the parameters and what is observed; name two files")
     goal = model_output.parse(target, data, objective, _given(_DECIDED_BY_TARGET))
     options = CalibrationOptions.of(input_type, output_type, lane=int(lane) if lane else None, **chosen)
     if data is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import files
 from ..errors import InputError
 from . import common
 
@@ -40,6 +41,7 @@ def report(model: Path, params: Path | None, data: str, out: Path, as_json: bool
     require()
     if out.suffix in (".json", ".npz"):
         raise InputError(f"{out} would be the name of what is written beside the report; name it {out.stem}.html")
+    files.check_writable(out)
     output = common.Output(as_json)
     feeds, loaded = Feeds(data), common.parameters(model, params, "int64")
     steps = len(feeds) + len(loaded.norms) + 1 if len(feeds) else 0
