@@ -18,7 +18,7 @@ from onnx_ir.tape import Tape
 from ..errors import ModelError
 from ..proof import NormKind
 from ..spec import LayerNormSpec
-from . import input_stage, int64, narrow
+from . import bounded, input_stage, int64, narrow
 from .graph import Operand, Writer
 
 #: The domain of the function form, its version, and the IR version that functions need.
@@ -183,7 +183,7 @@ def attributes(spec: LayerNormSpec) -> dict[str, int | float]:
 def _body(spec: LayerNormSpec, word: Word, writer: Writer, output: ir.DataType) -> int64.Body | narrow.Body:
     if word is Word.INT64:
         return int64.Body(spec, writer, output)
-    return narrow.Body(spec, narrow.INT32 if word is Word.INT24 else narrow.FLOAT, writer, output)
+    return narrow.Body(spec, bounded.INT32 if word is Word.INT24 else bounded.FLOAT, writer, output)
 
 
 def _function(body: int64.Body | narrow.Body, writing: Writing, flatten: bool) -> ir.Function:

@@ -27,6 +27,9 @@ class Hardware:
         Bits of the integer square root, m; None means 18, 24 or 31 by the lane.
     radicand : int
         V stays below this many bits (equation 3).
+    unclamped : int or None
+        For outputs of up to 8 bits, the magnitudes of what is not clamped take this many bits before the shift
+        (equation 9), where the bound is small enough with it.
     """
 
     multiplier: tuple[int, int] = (32, 32)
@@ -35,6 +38,7 @@ class Hardware:
     offset: int = 0
     root: int | None = None
     radicand: int = proof.V_BITS
+    unclamped: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.multiplier, tuple) or len(self.multiplier) != 2:
@@ -42,11 +46,11 @@ class Hardware:
         ranges = {
             "a factor": (self.multiplier, 4, 32), "the accumulator": ((self.accumulator,), 8, 64),
             "the offset": ((self.offset,), 0, 16), "the root": ((self.root,), 2, 31),
-            "the radicand": ((self.radicand,), 8, proof.V_BITS),
+            "the radicand": ((self.radicand,), 8, proof.V_BITS), "the unclamped output": ((self.unclamped,), 10, 62),
         }  # fmt: skip
         for name, (values, low, high) in ranges.items():
             for value in values:
-                optional = value is None and name in ("the accumulator", "the root")
+                optional = value is None and name in ("the accumulator", "the root", "the unclamped output")
                 if not optional and not (isinstance(value, int) and low <= value <= high):
                     raise InputError(f"{name} of {value!r} bits can't be planned for; {low} to {high} bits can")
         if not isinstance(self.lanes, tuple) or not self.lanes or not set(self.lanes) <= set(proof.ROOT_BITS):
@@ -77,7 +81,7 @@ PRESETS = {
     "mac18x27-48": Hardware(multiplier=(18, 27), accumulator=48, lanes=(24, 32)),
     # 32-bit processors with a long multiply-accumulate: Cortex-M (SMLAL), RISC-V with M
     "mac32x32-64": Hardware(multiplier=(32, 32), accumulator=64),
-    # integers that are carried in float32, as the words int24 and float24 of the ONNX export have them: V in two parts,
-    # and the second product in two, of which the lower one has no offset
-    "carried24": Hardware(multiplier=(17, 17), accumulator=31, lanes=(24,), offset=7, radicand=36),
+    # integers that are carried in float32, as the words int24 and float24 of the ONNX export have them: the second
+    # product within 24 bits where nothing is clamped; else it comes in two parts, of which the lower one has no offset
+    "carried24": Hardware(multiplier=(17, 17), accumulator=31, lanes=(24,), offset=7, radicand=60, unclamped=23),
 }

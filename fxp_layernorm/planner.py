@@ -89,15 +89,16 @@ def plan(
     limit = max_excess if max_excess is not None else MAX_EXCESS[8 if output.dtype.bits <= 8 else 16]
     planned: list[LayerNormSpec] = []
     refusals: list[PlanError] = []
-    for candidate, short in _candidates(limits.lanes, output, hardware is None):
+    for candidate, short in _candidates(limits, output, hardware is None):
         try:
-            spec = problem.plan(candidate, short)
+            specs = problem.plan(candidate, short)
         except PlanError as error:
             refusals.append(error)
             continue
-        if spec.excess <= limit:
-            return spec
-        planned.append(spec)
+        for spec in specs:
+            if spec.excess <= limit:
+                return spec
+        planned += specs
     if not planned:
         raise refusals[-1]
     return min(planned, key=lambda spec: spec.excess)
@@ -137,9 +138,10 @@ def hardware_costs(
     }
 
 
-def _candidates(lanes: tuple[int, ...], output: QuantParams, preferred: bool) -> list[tuple[int, bool]]:
+def _candidates(limits: Hardware, output: QuantParams, preferred: bool) -> list[tuple[int, bool]]:
     """Return the lanes in the order in which they are tried, and whether with short factors, if these are preferred."""
-    if not preferred:
+    lanes = limits.lanes
+    if not preferred and (limits.unclamped is None or output.dtype.bits > 8):
         return [(lane, False) for lane in lanes]
     if output.dtype.bits <= 8:
         return [(lane, True) for lane in lanes if lane < 64] + [(lane, False) for lane in lanes]
@@ -157,8 +159,11 @@ class _Problem:
     sum_output: QuantParams | None
     hardware: Hardware
 
-    def plan(self, lane: int, short: bool) -> LayerNormSpec:
-        """Return the spec with the least expected error in a lane, of all or of those with short factors."""
+    def plan(self, lane: int, short: bool) -> list[LayerNormSpec]:
+        """Return the spec with the least expected error in a lane, of all or of those with short factors.
+
+        Where the hardware wants what is not clamped to be short, the next ones follow.
+        """
         layer, output, hardware = self.layer, self.output, self.hardware
         n = layer.n
         kind = NormKind.RMSNORM if isinstance(layer, RMSNorm) else NormKind.LAYERNORM
@@ -174,10 +179,11 @@ class _Problem:
         gain, offset = proof.output_gain(gamma, output), proof.output_offset(beta, output)
         gain_float, offset_float = gain.to_float(), offset.to_float()
 
-        words = short and output.dtype.bits <= 8 and lane < 64
+        unclamped = hardware.unclamped if short else None
+        words = short and unclamped is None and output.dtype.bits <= 8 and lane < 64
         u_bits = codes.spread.bit_length()
-        longest = lane if not short else min(u_bits, WORD) if words else u_bits + LONG_GUARD
-        best: tuple[float, int, int, int] | None = None
+        longest = lane if not short or unclamped is not None else min(u_bits, WORD) if words else u_bits + LONG_GUARD
+        found: list[tuple[float, int, int, int]] = []
         outside = A > 0
         for F in range(1, WORD_F + 1 if words else lane):
             K = _norm_bits(codes, lane, m, F, longest, outside)
@@ -188,27 +194,31 @@ class _Problem:
             if words and gain_float.any():
                 room = (2.0 ** (WORD - 1) - 1) / (float(np.abs(gain_float).max()) * proof.UP)
                 s2 = min(s2, F + math.frexp(room)[1] - 1)
+            if unclamped is not None:
+                s2 = min(s2, unclamped - max(output.hi, ~output.lo).bit_length())
             if s2 < 1:
                 continue
             # What t and G lose at a typical normalized value, 1, in LSB. The F with the smallest bound instead would be
             # one less in most layers, where up to twice as many codes differ from the ideal.
             lost = float(np.mean(np.hypot(gain_float * 2.0**-F, 2.0 ** (F - s2))))
-            if best is None or lost < best[0]:
-                best = lost, F, K, s2
-        if best is None:
+            found.append((lost, F, K, s2))
+        if not found:
             raise PlanError(
                 f"no shift brings gains of up to {np.abs(gain_float).max():.4g} and offsets of up to "
                 f"{np.abs(offset_float).max():.4g} output LSB, for n = {n}, into a lane of {lane} bits with factors of "
                 f"{hardware.multiplier[0]} and {hardware.multiplier[1]} bits and an accumulator of {accumulator} bits"
             )
-        _, F, K, s2 = best
-        return LayerNormSpec(
-            kind=kind, normalized_shape=layer.normalized_shape, axes=layer.axes, eps=layer.eps,
-            eps_outside=layer.eps_outside, gamma=gamma, beta=beta, input=self.input, output=output,
-            residual=self.residual, sum_output=self.sum_output, adder=adder, lane=lane, accumulator=accumulator,
-            m=m, K=K, h=h, E=E, A=A, l=l, s1=K - F, s2=s2, G=gain.to_fixed(s2 - F),
-            B=tuple(value << hardware.offset for value in offset.to_fixed(s2 - hardware.offset)),
-        )  # fmt: skip
+        # where G is short, the bound may ask for one bit more of it, and less of t
+        return [
+            LayerNormSpec(
+                kind=kind, normalized_shape=layer.normalized_shape, axes=layer.axes, eps=layer.eps,
+                eps_outside=layer.eps_outside, gamma=gamma, beta=beta, input=self.input, output=output,
+                residual=self.residual, sum_output=self.sum_output, adder=adder, lane=lane, accumulator=accumulator,
+                m=m, K=K, h=h, E=E, A=A, l=l, s1=K - F, s2=s2, G=gain.to_fixed(s2 - F),
+                B=tuple(value << hardware.offset for value in offset.to_fixed(s2 - hardware.offset)),
+            )
+            for _, F, K, s2 in sorted(found)[: 1 if unclamped is None else 3]
+        ]  # fmt: skip
 
 
 def _round(value: Fraction) -> int:

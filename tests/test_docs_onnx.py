@@ -35,12 +35,12 @@ def models(word: str) -> list[onnx.ModelProto]:
         built.append(to_onnx(fxp.plan(outside, params_of("int8"), params_of("int8")), form="function"))
     else:
         for kind, n, output, exponents in (
-            (NormKind.LAYERNORM, 120, "int16", None), (NormKind.RMSNORM, 64, "int8", None),
-            (NormKind.LAYERNORM, 64, "int8", exponents_of(64, 1)),
+            (NormKind.LAYERNORM, 120, "int16", 0), (NormKind.RMSNORM, 64, "int8", 0),
+            (NormKind.LAYERNORM, 64, "int8", 7), (NormKind.LAYERNORM, 1500, "uint8", 0),
         ):  # fmt: skip
-            spec = fxp.plan(
-                layer_of(kind, n), params_of("int8", exponents=exponents), params_of(output), hardware="carried24"
-            )
+            params = params_of("uint8" if n == 1500 else "int8", exponents=exponents_of(n, exponents))
+            params = params if exponents else params_of(params.dtype)
+            spec = fxp.plan(layer_of(kind, n), params, params_of(output), hardware="carried24")
             shifted = dataclasses.replace(spec, B=tuple(value + 1 for value in spec.B))  # no multiple of 2**7
             built += [to_onnx(spec, word, form="function"), to_onnx(shifted, word, form="function")]
     flat = fxp.plan(fxp.LayerNorm((4, 6)), params_of("int8"), params_of("int8"), hardware="carried24")

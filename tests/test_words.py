@@ -13,36 +13,39 @@ import onnxruntime
 import pytest
 from onnx_ir.tape import Tape
 from onnx_models import run_onnxruntime, run_reference
-from rows import adversarial, layer_of, noise, params_of, typical
+from rows import adversarial, exponents_of, layer_of, noise, params_of, typical
 
 import fxp_layernorm as fxp
 from fxp_layernorm import ModelError, NormKind, reference
-from fxp_layernorm.export import narrow, subgraph, to_onnx
+from fxp_layernorm.export import subgraph, to_onnx
+from fxp_layernorm.export.bounded import FLOAT, INT32, Bounded, Number
 from fxp_layernorm.export.graph import Writer
+from fxp_layernorm.export.narrow_rows import Rows
 
 CONSUMERS = pytest.mark.parametrize("run", [run_onnxruntime, run_reference])
 WORDS = pytest.mark.parametrize("word", ["int24", "float24"])
 Run = Callable[..., list[npt.NDArray[Any]]]
 LIMIT = 1 << 24
 
-#: kind, n, input, output; n = 5 has a large h, n = 1500 a sum of squares beyond 24 bits
+#: kind, n, input, output, exponents; n = 5 has a large h, n = 1500 a sum of squares beyond 24 bits
 CASES = [
-    (NormKind.LAYERNORM, 2, "int8", "int8"),
-    (NormKind.LAYERNORM, 5, "uint8", "int8"),
-    (NormKind.LAYERNORM, 64, "int8", "int8"),
-    (NormKind.LAYERNORM, 120, "int8", "int16"),
-    (NormKind.LAYERNORM, 384, "uint8", "uint8"),
-    (NormKind.LAYERNORM, 768, "int8", "int8"),
-    (NormKind.LAYERNORM, 1023, "int8", "int8"),
-    (NormKind.LAYERNORM, 1500, "int8", "int8"),
-    (NormKind.RMSNORM, 64, "int8", "uint8"),
-    (NormKind.RMSNORM, 768, "int8", "int8"),
+    (NormKind.LAYERNORM, 2, "int8", "int8", 0),
+    (NormKind.LAYERNORM, 5, "uint8", "int8", 0),
+    (NormKind.LAYERNORM, 64, "int8", "int8", 7),
+    (NormKind.LAYERNORM, 120, "int8", "int16", 0),
+    (NormKind.LAYERNORM, 384, "uint8", "uint8", 3),
+    (NormKind.LAYERNORM, 768, "int8", "int8", 0),
+    (NormKind.LAYERNORM, 768, "int8", "int8", 7),
+    (NormKind.LAYERNORM, 1500, "int8", "int8", 0),
+    (NormKind.RMSNORM, 64, "int8", "uint8", 0),
+    (NormKind.RMSNORM, 768, "int8", "int8", 5),
 ]
-EVERY = pytest.mark.parametrize(("kind", "n", "input", "output"), CASES)
+EVERY = pytest.mark.parametrize(("kind", "n", "input", "output", "exponents"), CASES)
 
 
-def spec_of(kind: NormKind, n: int, input: str = "int8", output: str = "int8") -> fxp.LayerNormSpec:
-    return fxp.plan(layer_of(kind, n), params_of(input), params_of(output), hardware="carried24")
+def spec_of(kind: NormKind, n: int, input: str = "int8", output: str = "int8", exponents: int = 0) -> fxp.LayerNormSpec:
+    params = params_of(input, exponents=exponents_of(n, exponents) if exponents else None)
+    return fxp.plan(layer_of(kind, n), params, params_of(output), hardware="carried24")
 
 
 def rows_of(spec: fxp.LayerNormSpec) -> npt.NDArray[Any]:
@@ -53,8 +56,10 @@ def rows_of(spec: fxp.LayerNormSpec) -> npt.NDArray[Any]:
 @EVERY
 @WORDS
 @CONSUMERS
-def test_words_give_the_reference_codes(run: Run, word: str, kind: NormKind, n: int, input: str, output: str) -> None:
-    spec = spec_of(kind, n, input, output)
+def test_words_give_the_reference_codes(
+    run: Run, word: str, kind: NormKind, n: int, input: str, output: str, exponents: int
+) -> None:
+    spec = spec_of(kind, n, input, output, exponents)
     q = rows_of(spec)
     wanted = reference.run(spec, q)
     for form in ("inline", "function"):
@@ -65,9 +70,9 @@ def test_words_give_the_reference_codes(run: Run, word: str, kind: NormKind, n: 
 
 @EVERY
 @WORDS
-def test_no_value_reaches_2_to_24(word: str, kind: NormKind, n: int, input: str, output: str) -> None:
+def test_no_value_reaches_2_to_24(word: str, kind: NormKind, n: int, input: str, output: str, exponents: int) -> None:
     """Every value between the codes is made an output, and nothing is optimized away."""
-    spec = spec_of(kind, n, input, output)
+    spec = spec_of(kind, n, input, output, exponents)
     model = onnx.shape_inference.infer_shapes(to_onnx(spec, word=word), strict_mode=True)
     known = {value.name for value in model.graph.output}
     model.graph.output.extend(value for value in model.graph.value_info if value.name not in known)
@@ -83,18 +88,43 @@ def test_no_value_reaches_2_to_24(word: str, kind: NormKind, n: int, input: str,
         assert np.abs(value.astype(np.float64)).max() < LIMIT, exposed.name
 
 
+@WORDS
+@CONSUMERS
+def test_one_product_with_channels_that_saturate(run: Run, word: str) -> None:
+    """Gains of 0, of the largest size, and offsets beyond the output's codes to either side."""
+    layer = fxp.LayerNorm(8)
+    layer.weight = np.array([0.0, 0.0, 0.0, 1.0, -1.0, 0.25, -0.25, 1e-3])
+    layer.bias = np.array([50.0, -50.0, 0.1, 7.9, -7.9, 9.0, 9.0, -9.0])
+    spec = fxp.plan(layer, params_of("int8"), params_of("int8"), hardware="carried24")
+    q = rows_of(spec)
+    model = to_onnx(spec, word=word)
+    np.testing.assert_array_equal(run(model, {"q": q})[0], reference.run(spec, q))
+
+
+@WORDS
+def test_one_product_is_taken_where_the_bound_allows_it(word: str) -> None:
+    """The specs with a coarser G have fewer full-size nodes; a tighter bound costs them."""
+    layer = layer_of(NormKind.LAYERNORM, 64)
+    sides = params_of("int8"), params_of("int8")
+    coarse = fxp.plan(layer, *sides, hardware="carried24")
+    fine = fxp.plan(layer, *sides, hardware="carried24", max_excess=0.03)
+    assert fine.excess <= 0.03 < coarse.excess <= 1 / 8
+    nodes = [len(to_onnx(spec, word=word).graph.node) for spec in (coarse, fine)]
+    assert nodes[0] < nodes[1]
+
+
 @pytest.mark.parametrize("n", [64, 768, 1900])
 @WORDS
 def test_root_and_reciprocal_from_every_sum_of_squares(word: str, n: int) -> None:
     spec = spec_of(NormKind.RMSNORM, n)
     tape = Tape()
-    dtype = narrow.FLOAT if word == "float24" else narrow.INT32
-    body = narrow.Body(spec, dtype, Writer(tape, subgraph.attributes(spec), inline=True), ir.DataType.INT8)
+    dtype = FLOAT if word == "float24" else INT32
+    writer = Writer(tape, subgraph.attributes(spec), inline=True)
+    rows = Rows(Bounded(spec, dtype, writer), columns=False)
     most = spec.row_stage.codes.v0_max // n
     parts = [ir.Value(name=name, shape=ir.Shape(["rows", 1]), type=ir.TensorType(dtype)) for name in ("upper", "lower")]
-    bounds = (most >> 12, (1 << 12) - 1)
-    R = body._reciprocal_root((narrow.Number(parts[0], 0, bounds[0]), narrow.Number(parts[1], 0, bounds[1])), None)
-    outputs = [body.writer.value(value) for value in (body.stages["r"], R.value)]
+    R = rows.reciprocal_root([(Number(parts[1], 0, (1 << 12) - 1), 0), (Number(parts[0], 0, most >> 12), 12)], None)
+    outputs = [writer.value(value) for value in (rows.stages["r"], R.value)]
     for value, name in zip(outputs, ("r", "R"), strict=True):
         value.name, value.type = name, ir.TensorType(dtype)
     graph = ir.Graph(parts, outputs, nodes=tape.nodes, opset_imports={"": 17}, name="root")
@@ -116,12 +146,12 @@ def test_spec_that_a_word_cannot_hold_is_refused(word: str) -> None:
     wide = fxp.plan(layer_of(NormKind.LAYERNORM, 64), params_of("int8"), params_of("int8"), lane=32)
     with pytest.raises(ModelError, match=r"lane has 32 bits.*The word int64 does; .* carried24"):
         to_onnx(wide, word=word)
-    long = fxp.plan(layer_of(NormKind.LAYERNORM, 64), params_of("int8"), params_of("int8"), lane=24)
-    with pytest.raises(ModelError, match=r"variance takes 6. bits, more than 36"):
+    long = fxp.plan(layer_of(NormKind.LAYERNORM, 64), params_of("int16"), params_of("int8"), lane=24)
+    with pytest.raises(ModelError, match=r"a value of up to \d+ of the spec .* it would reach 2\^24; .*int64"):
         to_onnx(long, word=word)
 
 
 def test_specs_of_the_same_nodes_share_one_function() -> None:
-    specs = [spec_of(NormKind.LAYERNORM, n) for n in (700, 768)]
+    specs = [spec_of(NormKind.LAYERNORM, n) for n in (700, 800)]
     names = [to_onnx(spec, word="int24", form="function").functions[0].name for spec in specs]
     assert names[0] == names[1]
