@@ -12,8 +12,8 @@ import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin, as_completed, get_worker
 
 from ..errors import EngineError
-from ..inference import available_cores
 from ..runtime import Feed
+from ..threads import available_cores
 from .engine import Advance, NumberedFeeds
 from .observation import Job, ModelObserver, StateFile
 

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from ..errors import InputError, MissingDependencyError
-from ..inference import available_cores
 from ..runtime import Feed
+from ..threads import available_cores
 from .observation import Job, ModelObserver, StateFile
 
 NumberedFeeds = Iterator[tuple[int, Feed]]

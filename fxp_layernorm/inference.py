@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +17,17 @@ from .errors import CodeTypeError, InputError
 from .quantization import QuantParams
 from .reference import check_operands
 from .spec import LayerNormSpec
+from .threads import TEAM, available_cores, share
 
-#: A thread takes at least this many elements by default: some 20 us of work, several times what handing it over costs.
+#: A thread takes at least this many elements by default: two threads then gain 1.25 times and more where calls follow each
+#: other, and lose a few microseconds where they have to be woken.
 THREAD_ELEMENTS = 1 << 17
+#: A part of this many rows is as large as the kernel likes it.
+ALL = 1 << 62
 #: Rows that have to be copied or added are so in blocks of about this many elements.
 COPY_ELEMENTS = 1 << 16
 
 _Array = npt.NDArray[Any]
-T = TypeVar("T")
 
 
 class FxpLayerNorm:
@@ -102,12 +103,18 @@ class FxpLayerNorm:
         if simple and q.ndim == 2 and q.shape[1:] == self._shape:  # type: ignore[union-attr]
             codes: _Array = q  # type: ignore[assignment]
             flags = codes.flags
-            alone = out is None and self.threads is None and (threads is None or threads == 1)
-            if alone and flags.c_contiguous and flags.aligned and codes.size < 2 * THREAD_ELEMENTS:
+            if out is None and flags.c_contiguous and flags.aligned:
+                wanted = self.threads if threads is None else threads
+                if wanted is None and codes.size < 2 * THREAD_ELEMENTS:
+                    wanted = 1
+                count = 1 if wanted == 1 else self._threads(codes.size, len(codes), threads)
                 result = np.empty(codes.shape, dtype=self._out_dtype)
                 rows = codes.view()
                 rows.flags.writeable = False
-                _kernel()(rows, result, *self._arguments)
+                if count == 1:
+                    _kernels().run(0, ALL, rows, result, *self._arguments)
+                else:
+                    TEAM.call(count, _kernels().run, _block(len(rows), count), rows, result, *self._arguments)
                 return result
             operands: list[_Array] = [codes]
         else:
@@ -152,33 +159,18 @@ class FxpLayerNorm:
         for rows in inputs:
             rows.setflags(write=False)  # one type of array for the kernel, whether the caller's is read-only or not
         count = len(inputs[0])
-        threads = self._threads(count * self._n, count, threads)
-        if threads <= 1:
-            self._compute(inputs, outputs)
-            return
-        # a few parts for each thread, so that one which has to share its core doesn't hold up the others
-        step = -(-count // (4 * threads))
-        parts = [slice(start, start + step) for start in range(0, count, step)]
-        _share(threads, parts, lambda part: self._compute([rows[part] for rows in inputs], [y[part] for y in outputs]))
+        self._compute(inputs, outputs, self._threads(count * self._n, count, threads))
 
     def _run_columns(self, codes: _Array, result: _Array, threads: int | None) -> None:
         """Compute rows that lie across, such as the channels of images, where they are."""
-        from . import kernels
-
         end = codes.ndim + self.spec.axes[-1] + 1
         positions = math.prod(codes.shape[end:])
         count = codes.size // (self._n * positions) if codes.size else 0
         inputs, outputs = (array.reshape(count, self._n, positions) for array in (codes, result))
         inputs.setflags(write=False)
         threads = self._threads(codes.size, codes.size // self._n, threads)
-        step = positions if threads <= count else -(-positions // (4 * threads))
-        parts = [(i, left) for i in range(count) for left in range(0, positions, step)]
-
-        def work(part: tuple[int, int]) -> None:
-            i, left = part
-            kernels.run_columns(inputs[i], outputs[i], left, min(left + step, positions), *self._columns)
-
-        _share(threads, parts, work)
+        block = max(1, min(positions, _block(codes.size // self._n, threads)))
+        _call(threads, _kernels().run_columns, block, inputs, outputs, *self._columns)
 
     def _run_blocks(self, operands: list[_Array], results: list[_Array], threads: int | None) -> None:
         """Compute arrays of any layout, by copies of a few rows."""
@@ -200,34 +192,28 @@ class FxpLayerNorm:
             for rows in copies:
                 rows.setflags(write=False)
             blocks = [np.empty((len(copies[0]), n), dtype=array.dtype) for array in outputs]
-            self._compute(copies, blocks)
+            self._compute(copies, blocks, 1)
             for array, block in zip(outputs, blocks, strict=True):
                 array[part] = block.reshape(array[part].shape)
 
-        _share(self._threads(inputs[0].size, len(parts), threads), parts, work)
+        share(self._threads(inputs[0].size, len(parts), threads), parts, work)
 
     def _threads(self, elements: int, parts: int, threads: int | None) -> int:
         threads = self.threads if threads is None else _check_threads(threads)
         if threads is None:
             threads = 1 if elements < 2 * THREAD_ELEMENTS else min(available_cores(), elements // THREAD_ELEMENTS)
-        return min(threads, parts)
+        return max(1, min(threads, parts))
 
-    def _compute(self, inputs: list[_Array], outputs: list[_Array]) -> None:
-        """Run the kernels on rows: the input stage, where there is one, in blocks that stay in the cache."""
+    def _compute(self, inputs: list[_Array], outputs: list[_Array], threads: int) -> None:
+        """Run the kernels on rows: with an input stage, in blocks whose sums stay in the cache."""
+        block = _block(len(inputs[0]), threads)
         if self._adder is None:
-            _kernel()(inputs[0], outputs[0], *self._arguments)
+            _call(threads, _kernels().run, block, inputs[0], outputs[0], *self._arguments)
             return
-        from . import kernels
-
-        step = max(1, COPY_ELEMENTS // self._n)
-        for start in range(0, len(inputs[0]), step):
-            codes = [rows[start : start + step] for rows in inputs]
-            u = np.empty((len(codes[0]), self._n), dtype=np.int32)
-            kernels.add(codes[0], codes[1] if len(codes) > 1 else None, u, *self._adder[0])
-            if len(outputs) > 1:
-                kernels.sum_codes(u, outputs[1][start : start + step], *self._adder[1])
-            u.setflags(write=False)
-            _kernel()(u, outputs[0][start : start + step], *self._arguments)
+        q, residual = inputs if len(inputs) > 1 else (inputs[0], None)
+        out, sums = outputs if len(outputs) > 1 else (outputs[0], None)
+        block = max(1, min(block, COPY_ELEMENTS // self._n))
+        _call(threads, _kernels().run_sums, block, q, out, residual, sums, *self._adder, self._arguments)
 
     def quantize(self, x: npt.ArrayLike, params: QuantParams | None = None) -> npt.NDArray[Any]:
         """Return the codes of real values: those of the input, or of other parameters, as the residual's."""
@@ -256,53 +242,38 @@ class FxpLayerNorm:
             raise InputError("out is read-only")
 
 
-def _share(threads: int, parts: list[T], work: Callable[[T], None]) -> None:
-    """Do the work on each part, by several threads that take the next one when they are done."""
-    left = iter(parts)
+def _block(rows: int, threads: int) -> int:
+    """Return the most rows of a part: a few parts a thread, so that one with half a core doesn't hold up the others."""
+    return ALL if threads <= 1 else -(-rows // (4 * threads))
 
-    def take() -> None:
-        for part in left:
-            work(part)
 
-    helpers = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
-    take()
-    for helper in helpers:
-        helper.result()
+def _call(threads: int, kernel: Callable[..., None], *arguments: Any) -> None:
+    if threads <= 1:
+        kernel(0, *arguments)
+    else:
+        TEAM.call(threads, kernel, *arguments)
 
 
 @functools.cache
-def _kernel() -> Callable[..., None]:
-    """Load the kernel, and Numba with it, when it is first needed."""
+def _kernels() -> Any:
+    """Load the kernels, and Numba with them, when they are first needed."""
     from numba.core import event
 
     from . import kernels
 
+    announced = kernels.run, kernels.run_columns, kernels.run_sums
+
     class Announce(event.Listener):
         def on_start(self, event: Any) -> None:
-            if event.data.get("dispatcher") is kernels.run and sys.stderr.isatty():
-                q, out = event.data["args"][:2]
+            if event.data.get("dispatcher") in announced and sys.stderr.isatty():
+                q, out = event.data["args"][2:4]
                 print(f"fxp-layernorm: compiling the kernel for {q.dtype} -> {out.dtype}, once", file=sys.stderr)
 
         def on_end(self, event: Any) -> None:
             pass
 
     event.register("numba:compile", Announce())  # type: ignore[no-untyped-call]
-    return kernels.run  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="fxp-layernorm")
-
-
-if hasattr(os, "register_at_fork"):  # threads don't survive a fork
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-@functools.cache
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return kernels
 
 
 def _check_threads(threads: int | None) -> int | None:

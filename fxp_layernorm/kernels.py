@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from . import vectors
+from . import team, vectors
 
 #: So many channels are done in all rows of a block before the next, as their G and B then stay in the first cache.
 TILE = 2048
@@ -31,7 +31,7 @@ BLOCK = 64
 CARRY = 1 << 15
 
 
-_VECTORS = hashlib.sha256(Path(vectors.__file__).read_bytes()).hexdigest()[:8]
+_INTRINSICS = hashlib.sha256(b"".join(Path(path).read_bytes() for path in (vectors.__file__, team.__file__)))
 
 
 def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -39,8 +39,8 @@ def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     options = {"nogil": True, "error_model": "numpy", **options}
 
     def decorate(function: Callable[..., Any]) -> Any:
-        # Numba's cache goes by the function's name and file, and so notices an edit of the vectors too
-        function.__qualname__ += f"_{_VECTORS}"
+        # Numba's cache goes by the function's name and file, and so notices an edit of the intrinsics too
+        function.__qualname__ += f"_{_INTRINSICS.hexdigest()[:8]}"
         try:
             return njit(cache=True, **options)(function)
         except RuntimeError:
@@ -51,6 +51,8 @@ def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 #: For what a loop over rows or channels calls: LLVM makes vectors only of loops without calls.
 _inlined = _jit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+#: For what kernels share out.
+_called = _jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @_inlined
@@ -326,13 +328,27 @@ def second_pass(q, out, start, count, exponents, G, B, R, M, constants, ends, wo
 
 
 @_jit()
-def run(q, out, exponents, G, B, constants, accumulator, outer, ends, in_bytes, in_words, words, longs):
-    """Compute rows of codes, in blocks that stay in the cache between the two passes over them.
+def run(offer, block, q, out, exponents, G, B, constants, accumulator, outer, ends, in_bytes, in_words, words, longs):
+    """Compute rows of codes, `block` at a time at most, with the threads that accept the offer (`team.together`).
 
-    The rows of `q` and `out` may be longer than n, the length of G: what follows is not looked at.
-    The last four are None where vectors can't help: with the moments of bytes, or of words (the shifts and zeros that
+    Kernels fail only for want of scratch memory, and threads of a team have nobody to raise an exception to.
+
+    The rows of `q` and `out` may be longer than n, the length of G: what follows is not looked at. The last four
+    arguments are None where vectors can't help: with the moments of bytes, or of words (the shifts and zeros that
     make them of codes), and with elements in words or in 64 bits (the same, after G and B).
     """
+    if team.together(
+        offer, _rows, block, q, out, exponents, G, B, constants, accumulator, outer, ends, in_bytes, in_words, words,
+        longs,
+    ):  # fmt: skip
+        raise MemoryError
+
+
+@_called
+def _rows(
+    counter, most, q, out, exponents, G, B, constants, accumulator, outer, ends, in_bytes, in_words, words, longs
+):
+    """Compute blocks of rows that stay in the cache between the two passes over them, as many as the counter gives."""
     vectors.widest()
     rows, n = len(q), len(G)
     zero_point, m, x, h, E, cut, s1, chunk, centred, split, height = (
@@ -340,9 +356,10 @@ def run(q, out, exponents, G, B, constants, accumulator, outer, ends, in_bytes, 
         constants[8], constants[9] != 0, constants[10] != 0, constants[12],
     )  # fmt: skip
     folded = zero_point if exponents is None else np.int64(0)
-    block = max(1, min(rows, max(8, min(64, 65536 // n))))
+    block = max(1, min(rows, most, max(8, min(64, 65536 // n))))
     S, Q, R, M = np.empty((4, block), np.int64)
-    for start in range(0, rows, block):
+    start = team.take(counter, block)
+    while start < rows:
         count = min(block, rows - start)
         for k in range(count):
             S[k], Q[k] = moments(
@@ -353,14 +370,31 @@ def run(q, out, exponents, G, B, constants, accumulator, outer, ends, in_bytes, 
             scale, offset = row_scale(S[k], V0, n, m, x, h, E, cut, centred, outer)
             R[k], M[k] = scale, offset + folded * scale - (np.int64(1) << (s1 - 1))
         second_pass(q, out, start, count, exponents, G, B, R, M, constants, ends, words, longs)
+        start = team.take(counter, block)
 
 
 @_jit()
-def run_columns(q, out, left, right, exponents, G, B, constants, accumulator, outer, ends):
-    """Compute `run` where rows lie across: positions from left to right of arrays of shape (n, positions).
+def run_columns(offer, block, q, out, exponents, G, B, constants, accumulator, outer, ends):
+    """Compute `run` where rows lie across, in arrays of shape (count, n, positions): `block` positions at a time."""
+    if team.together(offer, _columns, block, q, out, exponents, G, B, constants, accumulator, outer, ends):
+        raise MemoryError
 
-    Vectors go along the positions.
-    """
+
+@_called
+def _columns(counter, block, q, out, exponents, G, B, constants, accumulator, outer, ends):
+    """Compute blocks of positions, as many as the counter gives; vectors go along them."""
+    blocks = -(-q.shape[2] // block)
+    part = team.take(counter, 1)
+    while part < len(q) * blocks:
+        i, left = part // blocks, part % blocks * block
+        right = min(left + block, q.shape[2])
+        _columns_between(q[i], out[i], left, right, exponents, G, B, constants, accumulator, outer, ends)
+        part = team.take(counter, 1)
+
+
+@_called
+def _columns_between(q, out, left, right, exponents, G, B, constants, accumulator, outer, ends):
+    """Compute the positions from left to right of arrays of shape (n, positions)."""
     vectors.widest()
     n = len(G)
     zero_point, m, x, h, E, cut, s1, s2, chunk, centred = (
@@ -403,6 +437,30 @@ def run_columns(q, out, left, right, exponents, G, B, constants, accumulator, ou
 
 
 @_jit()
+def run_sums(offer, block, q, out, residual, sums, adder, coder, arguments):
+    """Compute `run` on the sums of codes, where there is a residual, and their codes too, where `sums` isn't None."""
+    if team.together(offer, _sums, block, q, out, residual, sums, adder, coder, arguments):
+        raise MemoryError
+
+
+@_called
+def _sums(counter, block, q, out, residual, sums, adder, coder, arguments):
+    """Compute blocks of rows, as many as the counter gives."""
+    n = len(arguments[1])
+    u = np.empty((min(block, len(q)), n), np.int32)
+    start = team.take(counter, block)
+    while start < len(q):
+        stop = min(start + block, len(q))
+        rows = u[: stop - start]
+        add(q[start:stop], None if residual is None else residual[start:stop], rows, *adder)
+        if sums is not None:
+            sum_codes(rows, sums[start:stop], *coder)
+        if team.together(0, _rows, block, rows, out[start:stop], *arguments):
+            raise MemoryError
+        start = team.take(counter, block)
+
+
+@_called
 def add(q, residual, out, M, N, zero_points, shift):
     """Compute the integers u of two operands, or of one where `residual` is None (equation 0), in the type of M.
 
@@ -421,7 +479,7 @@ def add(q, residual, out, M, N, zero_points, shift):
             out[i, k] = np.int32(np.right_shift(total, shift))
 
 
-@_jit()
+@_called
 def sum_codes(u, out, shifts, zero_point, lo, hi):
     """Compute the codes of the sum (equation 31); negative shifts go to the left."""
     vectors.widest()
@@ -431,3 +489,15 @@ def sum_codes(u, out, shifts, zero_point, lo, hi):
             right, left = max(shifts[k], 0), max(-shifts[k], 0)
             rounded = ((np.int64(u[i, k]) << left) + ((np.int64(1) << right) >> 1)) >> right
             out[i, k] = out.dtype.type(min(max(rounded + zero_point, lo), hi))
+
+
+@_jit()
+def serve(offers, count, looks):
+    """Help with whatever is offered, until so many looks at all the offers have found nothing."""
+    look = 0
+    while look < looks:
+        for k in range(count):
+            if team.join(offers + k * team.OFFER):
+                look = 0
+        team.rest()
+        look += 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 
 import fxp_layernorm as fxp
-from fxp_layernorm import inference
+from fxp_layernorm import inference, threads
 
 
 def make(input: str = "int8", output: str = "int8", n: int = 48, kind: type = fxp.LayerNorm) -> fxp.FxpLayerNorm:
@@ -35,8 +36,8 @@ def test_every_number_of_threads_gives_the_same_codes(input: str, output: str, k
     norm = make(input, output, kind=kind)
     q = codes(norm, 131)
     expected = fxp.reference.run(norm.spec, q)
-    for threads in (None, 1, 2, 3, 7, 200):
-        np.testing.assert_array_equal(norm(q, threads=threads), expected)
+    for count in (None, 1, 2, 3, 7, 200):
+        np.testing.assert_array_equal(norm(q, threads=count), expected)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 63, 64, 65, 129])
@@ -48,27 +49,27 @@ def test_any_number_of_rows_can_be_shared_out(rows: int) -> None:
 
 def test_large_inputs_use_the_cores_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = make(n=64)
-    pools: list[int] = []
-    pool = inference._pool
+    asked: list[int] = []
+    call = threads.TEAM.call
 
-    def counted(workers: int) -> ThreadPoolExecutor:
-        pools.append(workers)
-        return pool(workers)
+    def counted(count: int, *arguments: Any) -> None:
+        asked.append(count)
+        call(count, *arguments)
 
     monkeypatch.setattr(inference, "available_cores", lambda: 3)
-    monkeypatch.setattr(inference, "_pool", counted)
+    monkeypatch.setattr(threads.TEAM, "call", counted)
     large = codes(norm, 3 * inference.THREAD_ELEMENTS // 64)
     small = large[: inference.THREAD_ELEMENTS // 64]
     one = norm(large, threads=1)
     norm(small)
-    assert pools == []
+    assert asked == []
     np.testing.assert_array_equal(norm(large), one)
-    assert set(pools) == {2}
+    assert asked == [3]
 
 
 def test_the_constructor_sets_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = fxp.FxpLayerNorm(make().spec, threads=1)
-    monkeypatch.setattr(inference, "_pool", lambda workers: pytest.fail("a pool was used"))
+    monkeypatch.setattr(threads.TEAM, "call", lambda *arguments: pytest.fail("threads were used"))
     norm(codes(norm, 9000))
 
 

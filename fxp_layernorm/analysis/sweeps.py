@@ -21,11 +21,12 @@ from ..calibration.layers import each_sample
 from ..errors import DataError, FxpError, InputError, ModelError
 from ..export import OutputCheck, find_norms, load_model, quantize_model
 from ..export.loading import Model
-from ..inference import FxpLayerNorm, available_cores
+from ..inference import FxpLayerNorm
 from ..layer import LayerNorm, RMSNorm
 from ..quantization import DType
 from ..runtime import Feed, Feeds, Session
 from ..spec import LayerNormSpec
+from ..threads import available_cores
 from .advice import Command
 from .cost import Cost, cost
 from .models import HELD_BYTES
