@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import mmap
 import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +21,17 @@ from .inference import FxpLayerNorm
 from .layer import LayerNorm
 from .planner import plan
 from .quantization import QuantParams
+from .threads import TEAM
 
 SHAPES = ((1, 768), (512, 768), (4096, 768), (512, 4096), (8192, 64), (64, 65536))
 QUICK_SHAPES = ((1, 768), (512, 768), (8192, 64))
 #: Seconds that each shape is measured for, and the fewest rounds of all its calls.
 SECONDS, QUICK_SECONDS, ROUNDS = 4.0, 0.5, 7
+#: Measurements of a call in each of its turns, of which the median counts, and calls before them that are not timed.
+TURN, UNTIMED = 3, 3
+#: Seconds until the threads of every pool sleep: OpenMP's look for work for some 5 ms, ONNX Runtime's for 30. And
+#: seconds of calls that are not timed then, as a core that has slept is slower for a while.
+REST, WARMING = 0.05, 0.01
 
 Call = Callable[[], object]
 
@@ -78,12 +84,14 @@ def run(*, threads: int = 1, quick: bool = False, advance: Callable[[], None] = 
     Returns
     -------
     dict
-        ``cases``: for each shape and pairing the median rate, in 1e9 elements a second, and its ratio to that of each
-        peer; ``peers``: their rates; ``compile_s``: how long the first call of each pairing took, apart from its run;
-        ``environment``: the CPU and the versions.
+        ``cases``: for each shape and pairing the median rate, in 1e9 elements a second, its ratio to that of each
+        peer, and, with several threads, ``scaling``, its ratio to that of one; ``peers``: their rates; ``calls``: those
+        of other ways to call the first pairing, and what they gain; ``compile_s``: how long the first call of each
+        pairing took, apart from its run; ``environment``: the CPU and the versions.
     """
     cases: list[dict[str, Any]] = []
     peers: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
     first_call: dict[str, dict[str, Any]] = {}
     with _threads_of_torch(threads):
         for rows, n in QUICK_SHAPES if quick else SHAPES:
@@ -91,33 +99,36 @@ def run(*, threads: int = 1, quick: bool = False, advance: Callable[[], None] = 
             codes = {name: _codes(pairing, rows, n) for name, (pairing, _) in norms.items()}
             for name, (_, norm) in norms.items():
                 first_call.setdefault(name, _compile(norm, codes[name]))
-            calls: dict[str, Call] = {name: _bind(norm, codes[name], threads) for name, (_, norm) in norms.items()}
-            calls |= _peers(codes["int8 -> int8"], threads)
-            seconds = _measure(calls, QUICK_SECONDS if quick else SECONDS)
-            elements = rows * n
+            ours = {name: _bind(norm, codes[name], threads) for name, (_, norm) in norms.items()}
+            alone = {f"{name}, 1 thread": _bind(norm, codes[name], 1) for name, (_, norm) in norms.items()}
+            plain = "int8 -> int8"
+            ways = _ways(norms[plain][1], codes[plain], threads)
+            rivals = _peers(codes[plain], threads)
+            groups = [ours | ways | (alone if threads > 1 else {}), *({name: call} for name, call in rivals.items())]
+            times = _measure(groups, QUICK_SECONDS if quick else SECONDS, REST if threads > 1 else 0.0)
             shape = f"{rows} x {n}"
-            rivals = [name for name in calls if name not in norms]
-            peers += [
-                {
-                    "peer": name,
-                    "shape": shape,
-                    "gelem_per_s": elements / seconds[name] * 1e-9,
-                    "us": seconds[name] * 1e6,
-                }
-                for name in rivals
+
+            def rate(name: str, elements: int = rows * n, times: dict[str, list[float]] = times) -> dict[str, float]:
+                seconds = statistics.median(times[name])
+                return {"gelem_per_s": elements / seconds * 1e-9, "us": seconds * 1e6}
+
+            peers += [{"peer": name, "shape": shape} | rate(name) for name in rivals]
+            calls += [
+                {"way": name, "shape": shape, "gain": _ratio(times[plain], times[name])} | rate(name) for name in ways
             ]
             for name, (pairing, norm) in norms.items():
-                cases.append(
-                    {
-                        "case": f"{name}, {shape}", "shape": [rows, n], "input": pairing.input,
-                        "output": pairing.output, "exponents": pairing.exponents, "lane": norm.spec.lane,
-                        "gelem_per_s": elements / seconds[name] * 1e-9, "us": seconds[name] * 1e6,
-                        "ratio": {rival: seconds[rival] / seconds[name] for rival in rivals},
-                    }
-                )  # fmt: skip
+                case = {
+                    "case": f"{name}, {shape}", "shape": [rows, n], "input": pairing.input,
+                    "output": pairing.output, "exponents": pairing.exponents, "lane": norm.spec.lane,
+                    "ratio": {rival: _ratio(times[rival], times[name]) for rival in rivals},
+                }  # fmt: skip
+                if threads > 1:
+                    case["scaling"] = _ratio(times[f"{name}, 1 thread"], times[name])
+                cases.append(case | rate(name))
             advance()
     return {
-        "cases": cases, "peers": peers, "threads": threads, "compile_s": first_call, "environment": environment(),
+        "cases": cases, "peers": peers, "calls": calls, "threads": threads, "compile_s": first_call,
+        "environment": environment(),
     }  # fmt: skip
 
 
@@ -167,18 +178,49 @@ def _compile(norm: FxpLayerNorm, codes: npt.NDArray[Any]) -> dict[str, Any]:
     return {"seconds": seconds, "cached": sum(kernels.run.stats.cache_misses.values()) == before}
 
 
-def _measure(calls: Mapping[str, Call], seconds: float) -> dict[str, float]:
-    """Return the median time of each call; they take turns, so that a busy machine disturbs all alike."""
+def _ways(norm: FxpLayerNorm, codes: npt.NDArray[Any], threads: int) -> dict[str, Call]:
+    """Return the ways to call a norm besides the plain one, whose output the allocator mostly has at hand."""
+    out, place = np.empty(codes.shape, dtype=norm.spec.output.dtype.numpy), codes.copy()
+
+    def new_pages() -> object:
+        pages = mmap.mmap(-1, out.nbytes)
+        return norm(codes, np.frombuffer(pages, dtype=out.dtype).reshape(out.shape), threads=threads)
+
+    return {
+        "out=": lambda: norm(codes, out, threads=threads),
+        "in place": lambda: norm(place, place, threads=threads),
+        "output in new pages": new_pages,
+    }
+
+
+def _measure(groups: Sequence[Mapping[str, Call]], seconds: float, rest: float) -> dict[str, list[float]]:
+    """Return times of each call; they take turns, so that a busy machine disturbs all alike.
+
+    Before each group there is a rest, in which the threads of other pools fall asleep.
+    """
+    calls = {name: call for group in groups for name, call in group.items()}
     for call in calls.values():
         call()
     repeats = {name: max(1, int(1e-4 / _seconds(call, 1))) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < ROUNDS:
-        for name, call in calls.items():
-            call()  # brings the data back into the cache from which the call before it drove them
-            times[name].append(_seconds(call, repeats[name]))
-    return {name: statistics.median(measured) for name, measured in times.items()}
+        for group in groups:
+            if rest:
+                time.sleep(rest)
+                warm = time.perf_counter() + WARMING
+                while time.perf_counter() < warm:
+                    next(iter(group.values()))()
+            for name, call in group.items():
+                # bring the data back into the cache from which the call before drove them, and threads out of sleep
+                _seconds(call, UNTIMED)
+                times[name].append(statistics.median(_seconds(call, repeats[name]) for _ in range(TURN)))
+    return times
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> float:
+    """Return how many times as long a call takes as another: the median over rounds, as machines change their speed."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 def _seconds(call: Call, repeats: int) -> float:
@@ -252,8 +294,23 @@ def _onnxruntime_peers(codes: npt.NDArray[np.int8], x: npt.NDArray[np.float32], 
 
 def _copy(codes: npt.NDArray[np.int8], threads: int) -> Call:
     target = np.empty_like(codes)
-    if threads == 1 or len(codes) < threads:
+    if threads == 1:
         return lambda: np.copyto(target, codes)
-    pool = ThreadPoolExecutor(threads)
-    halves = list(zip(np.array_split(target, threads), np.array_split(codes, threads), strict=True))
-    return lambda: list(pool.map(lambda pair: np.copyto(*pair), halves))
+    from numba import njit
+
+    from . import team
+
+    @njit(nogil=True)
+    def part(counter, target, codes, step):  # type: ignore[no-untyped-def]
+        start = team.take(counter, step)
+        while start < len(codes):
+            for k in range(np.uint64(start), np.uint64(min(start + step, len(codes)))):
+                target[k] = codes[k]
+            start = team.take(counter, step)
+
+    @njit(nogil=True)
+    def copy(offer, target, codes, step):  # type: ignore[no-untyped-def]
+        return team.together(offer, part, target, codes, step)
+
+    flat = target.reshape(-1), codes.reshape(-1)
+    return lambda: TEAM.call(threads, copy, *flat, -(-codes.size // (4 * threads)))

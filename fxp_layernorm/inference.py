@@ -19,13 +19,15 @@ from .reference import check_operands
 from .spec import LayerNormSpec
 from .threads import TEAM, available_cores, share
 
-#: A thread takes at least this many elements by default: two threads then gain 1.25 times and more where calls follow each
-#: other, and lose a few microseconds where they have to be woken.
+#: A thread takes at least this many elements by default: two threads then gain 1.25 times and more where calls follow
+#: each other, and lose a few microseconds where they have to be woken.
 THREAD_ELEMENTS = 1 << 17
 #: A part of this many rows is as large as the kernel likes it.
 ALL = 1 << 62
 #: Rows that have to be copied or added are so in blocks of about this many elements.
 COPY_ELEMENTS = 1 << 16
+#: Of this many, where threads share the work on a block.
+SHARED_ELEMENTS = 1 << 20
 
 _Array = npt.NDArray[Any]
 
@@ -103,12 +105,12 @@ class FxpLayerNorm:
         if simple and q.ndim == 2 and q.shape[1:] == self._shape:  # type: ignore[union-attr]
             codes: _Array = q  # type: ignore[assignment]
             flags = codes.flags
-            if out is None and flags.c_contiguous and flags.aligned:
+            if flags.c_contiguous and flags.aligned and (out is None or self._takes(out, codes)):
                 wanted = self.threads if threads is None else threads
                 if wanted is None and codes.size < 2 * THREAD_ELEMENTS:
                     wanted = 1
                 count = 1 if wanted == 1 else self._threads(codes.size, len(codes), threads)
-                result = np.empty(codes.shape, dtype=self._out_dtype)
+                result = np.empty(codes.shape, dtype=self._out_dtype) if out is None else out
                 rows = codes.view()
                 rows.flags.writeable = False
                 if count == 1:
@@ -131,21 +133,29 @@ class FxpLayerNorm:
         sums = np.empty(operands[0].shape, dtype=self.spec.sum_output.dtype.numpy)
         return self._call(operands, None, sums, threads), sums
 
+    def _takes(self, out: _Array, codes: _Array) -> bool:
+        """Whether the output is as simple as the codes; what it must be otherwise, `_check_out` says."""
+        simple = type(out) is np.ndarray and out.dtype is self._out_dtype and out.shape == codes.shape
+        return simple and out.flags.carray and not np.may_share_memory(out, codes)
+
     def _call(self, operands: list[_Array], out: _Array | None, sums: _Array | None, threads: int | None) -> _Array:
         shape = operands[0].shape
         shared: list[_Array] = []
-        result = out
+        result, in_place = out, False
         if out is not None:
             self._check_out(out, shape)
             shared = [codes for codes in operands if np.may_share_memory(out, codes)]
-        if result is None or not all(same_place(result, codes) for codes in shared):
+            in_place = bool(shared) and all(same_place(out, codes) for codes in shared)
+        if result is None or (shared and not in_place):
             result = np.empty(shape, dtype=self._out_dtype)
         results = [result] if sums is None else [result, sums]
         arrays = [*operands, *results]
-        rows = [long_rows(array, len(self._shape)) for array in arrays] if self._last and not shared else [None]
+        rows = [long_rows(array, len(self._shape)) for array in arrays] if self._last else [None]
         if all(array is not None for array in rows):
-            self._run_rows(rows[: len(operands)], rows[len(operands) :], threads)  # type: ignore[arg-type]
-        elif self._columns and not shared and all(array.flags.c_contiguous and array.flags.aligned for array in arrays):
+            self._run_rows(rows[: len(operands)], rows[len(operands) :], threads, in_place)  # type: ignore[arg-type]
+        elif (
+            self._columns and not in_place and all(array.flags.c_contiguous and array.flags.aligned for array in arrays)
+        ):
             self._run_columns(operands[0], result, threads)
         else:
             self._run_blocks(operands, results, threads)
@@ -154,12 +164,20 @@ class FxpLayerNorm:
             return out
         return result
 
-    def _run_rows(self, inputs: list[_Array], outputs: list[_Array], threads: int | None) -> None:
-        """Compute rows where they are."""
+    def _run_rows(self, inputs: list[_Array], outputs: list[_Array], threads: int | None, in_place: bool) -> None:
+        """Compute rows where they are; copies of a few, where the output takes the codes' place."""
         for rows in inputs:
             rows.setflags(write=False)  # one type of array for the kernel, whether the caller's is read-only or not
         count = len(inputs[0])
-        self._compute(inputs, outputs, self._threads(count * self._n, count, threads))
+        threads = self._threads(count * self._n, count, threads)
+        if self._adder is not None or not in_place:  # sums are made before the output is
+            self._compute(inputs, outputs, threads)
+            return
+        step = max(1, (COPY_ELEMENTS if threads == 1 else SHARED_ELEMENTS) // self._n)
+        for start in range(0, count, step):
+            copy = inputs[0][start : start + step, : self._n].copy()
+            copy.setflags(write=False)
+            self._compute([copy], [outputs[0][start : start + step]], threads)
 
     def _run_columns(self, codes: _Array, result: _Array, threads: int | None) -> None:
         """Compute rows that lie across, such as the channels of images, where they are."""

@@ -455,7 +455,7 @@ def _sums(counter, block, q, out, residual, sums, adder, coder, arguments):
         add(q[start:stop], None if residual is None else residual[start:stop], rows, *adder)
         if sums is not None:
             sum_codes(rows, sums[start:stop], *coder)
-        if team.together(0, _rows, block, rows, out[start:stop], *arguments):
+        if team.together(0, _rows, block, team.frozen(rows), out[start:stop], *arguments):
             raise MemoryError
         start = team.take(counter, block)
 

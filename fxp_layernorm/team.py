@@ -23,7 +23,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import extending, types
-from numba.core import cgutils
+from numba.core import cgutils, imputils
 
 #: Bytes of an offer: no two share a line of the cache, nor a pair of lines that CPUs fetch together.
 OFFER = 128
@@ -68,6 +68,16 @@ def take(typing_context, counter, step):
         return builder.atomic_rmw("add", _word(builder, arguments[0]), arguments[1], "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def frozen(typing_context, array):
+    """Return an array as a read-only one, which is the type that what is compiled for inputs takes."""
+
+    def codegen(context, builder, signature, arguments):
+        return imputils.impl_ret_borrowed(context, builder, signature.return_type, arguments[0])
+
+    return array.copy(readonly=True)(array), codegen
 
 
 @intrinsic

@@ -19,6 +19,8 @@ from fxp_layernorm.cli.bench import bench
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "QUICK_SHAPES", ((1, 32), (40, 32)))
     monkeypatch.setattr(benchmark, "QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(benchmark, "REST", 0.001)
+    monkeypatch.setattr(benchmark, "WARMING", 0.0)
 
 
 def test_json_holds_every_pairing_and_peer() -> None:
@@ -36,15 +38,21 @@ def test_json_holds_every_pairing_and_peer() -> None:
     for case in document["cases"]:
         assert case["gelem_per_s"] > 0
         assert set(case["ratio"]) == peers
-        assert all(ratio > 0 for ratio in case["ratio"].values())
-    rates = {(entry["peer"], entry["shape"]): entry["gelem_per_s"] for entry in document["peers"]}
-    first = document["cases"][0]
-    assert first["ratio"]["copy int8"] == pytest.approx(first["gelem_per_s"] / rates["copy int8", "1 x 32"])
+        assert all(ratio > 0 for ratio in [case["scaling"], *case["ratio"].values()])
+    assert {(entry["peer"], entry["shape"]) for entry in document["peers"]} == {
+        (peer, shape) for peer in peers for shape in ("1 x 32", "40 x 32")
+    }
+    assert [entry["way"] for entry in document["calls"]] == 2 * ["out=", "in place", "output in new pages"]
     assert set(document["compile_s"]) == set(map(str, benchmark.PAIRINGS))
     assert document["threads"] == 2
     assert document["environment"]["cpu"]
     assert {"python", "numpy", "numba"} <= set(document["environment"]["versions"])
     assert result.stderr.startswith("PASSED | 10 cases measured")
+
+
+def test_ratios_are_of_calls_that_follow_each_other() -> None:
+    slow, fast = [2.0, 3.0, 40.0], [1.0, 1.0, 20.0]  # the machine took a rest, and both calls took it
+    assert benchmark._ratio(slow, fast) == 2
 
 
 def test_the_table_names_the_cpu_and_every_case() -> None:

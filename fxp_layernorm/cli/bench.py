@@ -17,7 +17,8 @@ def bench(threads: int, quick: bool, as_json: bool) -> None:
     """Measure the kernels against PyTorch, ONNX Runtime and a copy.
 
     Each peer is measured if it is installed (pip install fxp-layernorm[bench]), on the same data, in turns with the
-    kernels. Rates are medians, in 1e9 elements a second; a ratio is how many times as fast as the peer the kernel is.
+    kernels. Rates are medians, in 1e9 elements a second; a ratio is how many times as fast as the peer the kernel is,
+    or, with several threads, as with one.
     """
     from .. import benchmark
 
@@ -26,14 +27,18 @@ def bench(threads: int, quick: bool, as_json: bool) -> None:
     with output.progress("measuring", len(shapes)) as advance:
         document = benchmark.run(threads=threads, quick=quick, advance=advance)
     peers = list(document["cases"][0]["ratio"])
+    scaling = ["x 1 thread"] if threads > 1 else []
     environment = document["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    cases = [
-        (case["case"], case["lane"], case["gelem_per_s"], case["us"], *(case["ratio"][peer] for peer in peers))
-        for case in document["cases"]
-    ]
+    cases = []
+    for case in document["cases"]:
+        ratios = [case["scaling"] for _ in scaling] + [case["ratio"][peer] for peer in peers]
+        cases.append((case["case"], case["lane"], case["gelem_per_s"], case["us"], *ratios))
     rates = {(entry["peer"], entry["shape"]): entry["gelem_per_s"] for entry in document["peers"]}
     rows = [(shape, *(rates[peer, shape] for peer in peers)) for shape in dict.fromkeys(shape for _, shape in rates)]
+    ways = [
+        (entry["way"], entry["shape"], entry["gelem_per_s"], entry["us"], entry["gain"]) for entry in document["calls"]
+    ]
     first = [
         (name, entry["seconds"], "read from the cache" if entry["cached"] else "compiled")
         for name, entry in document["compile_s"].items()
@@ -42,10 +47,11 @@ def bench(threads: int, quick: bool, as_json: bool) -> None:
         document,
         table(
             f"{environment['cpu']}, {threads} thread{'s' if threads > 1 else ''}; {versions}",
-            ("kernel", "lane", "Gelem/s", "us", *(f"x {peer}" for peer in peers)),
+            ("kernel", "lane", "Gelem/s", "us", *scaling, *(f"x {peer}" for peer in peers)),
             cases,
         ),
         table("Peers, Gelem/s", ("shape", *peers), rows),
+        table("Other ways to call int8 -> int8", ("call", "shape", "Gelem/s", "us", "x the plain call"), ways),
         table("First call", ("kernel", "s", ""), first),
     )
     output.close(f"{len(cases)} cases measured")
