@@ -1,4 +1,4 @@
-"""What a float32 norm may give: how far its codes may be from the real value, whichever way it computes.
+"""What float32 may give: how far a norm's or a quantizer's codes may be from the real value, whichever way it computes.
 
 The bound holds for sums in any order, variances as the mean of squared deviations or as E[x^2] - E[x]^2, divisions or
 products with reciprocals, with or without fused multiplications and additions. It is the standard analysis of rounding
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..proof import NormKind
+from ..quantization import QuantParams
 from ..spec import LayerNormSpec
 
 #: Squares beyond these powers of two may leave float32's normal numbers, and then nothing is known.
@@ -32,6 +33,26 @@ def beyond_float32(spec: LayerNormSpec, codes: npt.NDArray[Any], got: npt.NDArra
     """
     value, error = float32_norm(spec, codes)
     return np.asarray(np.abs(got - np.clip(value, spec.output.lo, spec.output.hi)) > 0.5 + error)
+
+
+def beyond_quantizer(params: QuantParams, x: npt.NDArray[Any], got: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return which codes no float32 quantizer gives.
+
+    It may divide, multiply by the reciprocal, or place the value between the ends of its range, as FakeQuantize does.
+
+    Parameters
+    ----------
+    params : QuantParams
+    x : ndarray of shape (rows, n)
+        Real values, in float32.
+    got : ndarray of shape (rows, n)
+        Their codes.
+    """
+    code = x.astype(np.float64) / params.channel_steps(x.shape[1])
+    error = _gamma(8) * (np.abs(code) + abs(params.zero_point) + (params.hi - params.lo))
+    with np.errstate(invalid="ignore"):  # an infinite value has its code, and any code may stand for a NaN
+        value = np.clip(code + params.zero_point, params.lo, params.hi)
+        return np.asarray(np.abs(got - value) > 0.5 + error)
 
 
 def float32_norm(spec: LayerNormSpec, codes: npt.NDArray[Any]) -> tuple[Rows, Rows]:

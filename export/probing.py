@@ -56,11 +56,15 @@ def _free(name: str, taken: Mapping[str, ir.Value]) -> str:
 
 def compared_values(places: list[ExportedNorm]) -> list[tuple[str, str]]:
     """Return the names of the values that are compared in every run, each with that of its norm."""
-    values = [
-        (place.name, (place.input, place.codes_in, place.residual, place.codes_out, place.codes_sum, place.output))
+    return [
+        (value, place.name)
         for place in places
-    ]
-    return [(value, norm) for norm, names in values for value in names if value is not None]
+        for value in (
+            place.input, place.residual_input, place.codes_in, place.residual, place.codes_out, place.codes_sum,
+            place.output, place.sum_output,
+        )
+        if value is not None
+    ]  # fmt: skip
 
 
 def probe(exported: Model) -> onnx.ModelProto:

@@ -27,7 +27,7 @@ class ExportedNorm:
     A norm that stood between quantizers has no float input and output any more. `stages` names the values between the
     codes by their letters in docs/arithmetic.md; those of a function node are named so in the function itself. `form`
     and `word` are those that it was written in. `residual` and `codes_sum` are the codes that are added, and those of
-    the sum, where the norm has them.
+    the sum, where the norm has them; `residual_input` and `sum_output` are their float values.
     """
 
     name: str
@@ -40,6 +40,8 @@ class ExportedNorm:
     word: str = Word.INT64
     residual: str | None = None
     codes_sum: str | None = None
+    residual_input: str | None = None
+    sum_output: str | None = None
 
 
 @dataclass
@@ -58,8 +60,8 @@ class _Site:
         What the new nodes stand behind.
     unused : list of onnx_ir.Value
         What nothing may need any more.
-    x, y : onnx_ir.Value or None
-        The float input and output, where there are such.
+    x, y, residual_x, sum_y : onnx_ir.Value or None
+        The float values of these codes, where there are such.
     """
 
     codes_in: ir.Value
@@ -70,6 +72,8 @@ class _Site:
     unused: list[ir.Value] = field(default_factory=list)
     x: ir.Value | None = None
     y: ir.Value | None = None
+    residual_x: ir.Value | None = None
+    sum_y: ir.Value | None = None
     residual: ir.Value | None = None
     codes_sum: ir.Value | None = None
     stages: Mapping[str, ir.Value] = field(default_factory=dict)
@@ -120,6 +124,7 @@ def replace_norm(
         name=norm.name, input=_named(site.x), codes_in=site.codes_in.name or "", codes_out=site.codes_out.name or "",
         output=_named(site.y), stages={letter: value.name or "" for letter, value in site.stages.items()},
         form=writing.form, word=writing.word, residual=_named(site.residual), codes_sum=_named(site.codes_sum),
+        residual_input=_named(site.residual_x), sum_output=_named(site.sum_y),
     )  # fmt: skip
     return exported, site.functions
 
@@ -165,11 +170,13 @@ def _among_floats(tape: Tape, norm: Norm, spec: LayerNormSpec, writing: Writing)
         functions=written.functions, codes_sum=written.codes_sum,
     )  # fmt: skip
     if add is not None:
-        site.residual, site.place = operands[1], add.node
+        site.residual, site.residual_x, site.place = operands[1], values[1], add.node
         if not add.shared or spec.sum_output is not None:
             site.nodes = (*norm.nodes, add.node)
         if spec.sum_output is not None and written.codes_sum is not None:
-            site.results[add.total] = dequantize(tape, written.codes_sum, spec, spec.sum_output, opset, add.total.dtype)
+            site.sum_y = site.results[add.total] = dequantize(
+                tape, written.codes_sum, spec, spec.sum_output, opset, add.total.dtype
+            )
     return site
 
 

@@ -25,7 +25,7 @@ from .diagnosis import (
     differing_codes,
     first_difference,
 )
-from .float_bound import beyond_float32
+from .float_bound import beyond_float32, beyond_quantizer
 from .loading import Model, load_model
 from .model import exported_norms
 from .probing import compared_values, with_stages
@@ -44,8 +44,11 @@ class NormCheck:
     mismatches : int
         Those that differ from the kernel's for the same input codes.
     border_mismatches : int
-        Input codes that differ from the quantized float input, and float outputs that differ from the dequantized
-        output codes. Not counted where the floats are no float32: consumers may keep more of a float16 than they show.
+        Codes that differ from the quantized float value, and float values that differ from the dequantized codes: of
+        the input, the output, and where there are such, of the residual and the sum. Not counted where the floats are
+        no float32: consumers may keep more of a float16 than they show.
+    border_beyond : int
+        Those of them that no float32 quantizer gives, which may multiply by the reciprocal of the scale, say.
     largest : int
         The largest difference of an output code, in LSB.
     beyond : int or None
@@ -60,6 +63,7 @@ class NormCheck:
     codes: int = 0
     mismatches: int = 0
     border_mismatches: int = 0
+    border_beyond: int = 0
     largest: int = 0
     beyond: int | None = None
     differences: list[CodeDifference] = field(default_factory=list)
@@ -67,8 +71,8 @@ class NormCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether the codes are the kernel's, or those of a float norm may be a float32 norm's."""
-        return not self.border_mismatches and not (self.mismatches if self.beyond is None else self.beyond)
+        """Whether the norm's codes are the kernel's, and those of floats may be float32's."""
+        return not self.border_beyond and not (self.mismatches if self.beyond is None else self.beyond)
 
 
 @dataclass
@@ -138,7 +142,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether codes were compared, and every norm passed: an integer norm if it is exact."""
+        """Whether codes were compared, and every norm passed: an integer norm if its codes are the kernel's."""
         return self.codes > 0 and all(norm.passed for norm in self.norms)
 
     @property
@@ -285,11 +289,27 @@ class Verifier:
             if not check.differences:
                 check.differences = differing_codes(self._feeds, wanted, got)
                 check.stage = self._first_stage(place, stages, values, feed) if check.beyond is None else None
-        x, y = (values.get(name) if name is not None else None for name in (place.input, place.output))
-        if x is not None and x.dtype == np.float32:
-            check.border_mismatches += int(np.count_nonzero(kernel.quantize(x) != codes_in))
-        if y is not None and y.dtype == np.float32:
-            check.border_mismatches += int(np.count_nonzero(kernel.dequantize(codes_out) != y))
+        quantized = (
+            (place.input, place.codes_in, spec.input),
+            (place.residual_input, place.residual, spec.residual),
+        )
+        for real, codes, params in quantized:
+            x = values.get(real or "")
+            if x is not None and x.dtype == np.float32 and codes is not None and params is not None:
+                bad = kernel.quantize(x, params) != values[codes]
+                check.border_mismatches += int(np.count_nonzero(bad))
+                bad_rows, reals, got = (_rows(array, spec) for array in (bad, x, values[codes]))
+                check.border_beyond += int(np.count_nonzero(bad_rows & beyond_quantizer(params, reals, got)))
+        dequantized = (
+            (place.output, place.codes_out, spec.output),
+            (place.sum_output, place.codes_sum, spec.sum_output),
+        )
+        for real, codes, params in dequantized:
+            y = values.get(real or "")
+            if y is not None and y.dtype == np.float32 and codes is not None and params is not None:
+                bad_values = int(np.count_nonzero(kernel.dequantize(values[codes], params) != y))
+                check.border_mismatches += bad_values
+                check.border_beyond += bad_values
 
     def _first_stage(
         self, place: ExportedNorm, stages: Mapping[str, str], values: Mapping[str, npt.NDArray[Any]], feed: Feed

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import helper
+from onnx_models import run_onnxruntime
 from test_adding_norms import skip_feeds, skip_model
 from test_bodies import CONDITION, data, model_of, norm, spelled
 from test_bodies import NODE as NORM
@@ -59,6 +60,21 @@ def test_sum_that_is_needed_is_an_output_of_the_norm() -> None:
     assert first.sum_output.dtype == "int16"
     assert second.sum_output is None
     assert not [node for node in exported.graph.node if node.output[0] in ("s0", "s1") and node.op_type == "Add"]
+
+
+@pytest.mark.parametrize("value", ["residual_input", "sum_output"])
+def test_the_floats_beside_the_sum_are_held_too(value: str) -> None:
+    model = model_of(BLOCK + norm(NORM, "s0", "o") + "n1 = Tanh(o) y = Add(s0, n1)")
+    exported, params = fused(model, data())
+    probe = export.probe(exported)
+    names = [output.name for output in probe.graph.output]
+    results = [dict(zip(names, run_onnxruntime(probe, feed), strict=True)) for feed in data()]
+    assert export.verify(model, exported, params, Feeds(data()), results=Feeds(results)).exact
+    name = getattr(export.exported_norms(export.load_model(exported))[0], value)
+    results[0][name] = results[0][name] * np.float32(1.1)
+    checked = export.verify(model, exported, params, Feeds(data()), results=Feeds(results))
+    assert not checked.passed
+    assert (checked.norms[0].mismatches, checked.norms[0].border_beyond > 0) == (0, True)
 
 
 @pytest.mark.parametrize("outputs", [["n"], ["n", "", "", "total"]])

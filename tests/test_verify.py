@@ -14,7 +14,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
-from onnx_models import feeds, model_with_norms, run_onnxruntime, run_reference
+from onnx_models import N, feeds, model_with_norms, run_onnxruntime, run_reference
 from rows import noise
 from test_subgraph import spec_of
 
@@ -212,6 +212,31 @@ def test_results_of_other_consumers(model: onnx.ModelProto, params: ModelParams,
     assert check.stage is not None
     assert check.stage.stage == "R"
     assert "All are off by one" in check.stage.hint
+
+
+def test_a_quantizer_that_rounds_otherwise_is_no_error_of_the_norm() -> None:
+    """OpenVINO's does: codes of values near the middle between two go the other way, and no others may."""
+    norm = model_with_norms(1)
+    (feed,) = feeds(1)
+    params = calibrate_model(norm, Feeds(feed), exponents=0)
+    spec = params.norms[0].spec
+    step = np.float32(spec.input.scale)
+    feed["x"][0, 0] = (np.arange(N, dtype=np.float32) - 7.5) * step  # ties, as far as float32 has them
+    exported = export.quantize_model(norm, params)
+    place = export.exported_norms(export.load_model(exported))[0]
+
+    def results(codes: Array) -> Feeds:
+        q = np.clip(codes + spec.input.zero_point, spec.input.lo, spec.input.hi).astype(np.int8)
+        values = {place.codes_in: q, place.codes_out: FxpLayerNorm(spec)(q), place.input or "": feed["x"]}
+        return Feeds(values)
+
+    product = np.rint(np.nextafter(feed["x"] * (1 / step), np.float32(np.inf)))
+    checked = export.verify(norm, exported, params, Feeds(feed), results=results(product))
+    assert checked.norms[0].border_mismatches > 0
+    assert (checked.exact, checked.passed, checked.norms[0].border_beyond) == (False, True, 0)
+    checked = export.verify(norm, exported, params, Feeds(feed), results=results(np.floor(feed["x"] / step)))
+    assert (checked.passed, checked.norms[0].mismatches) == (False, 0)
+    assert 0 < checked.norms[0].border_beyond < checked.norms[0].border_mismatches
 
 
 def test_results_in_wider_types_and_without_stages(model: onnx.ModelProto, params: ModelParams) -> None:

@@ -63,14 +63,18 @@ def verify(
     if probe is not None:
         with atomic_path(probe) as temporary:
             onnx.save(probe_of(out), temporary)
-    norms = common.table(
-        f"{out.name}: codes that differ from the kernel's",
-        ("norm", "codes", "differ", "at most, LSB", "differ at the border", "no float32 norm's"),
-        [
-            (norm.name, norm.codes, norm.mismatches, norm.largest, norm.border_mismatches, norm.beyond)
-            for norm in result.norms
-        ],
-    )
+    columns = (
+        "norm", "codes", "differ", "at most, LSB", "no float32 norm's", "differ at the border",
+        "no float32 quantizer's",
+    )  # fmt: skip
+    counts = [
+        (
+            norm.name, norm.codes, norm.mismatches, norm.largest, norm.beyond, norm.border_mismatches,
+            norm.border_beyond,
+        )
+        for norm in result.norms
+    ]  # fmt: skip
+    norms = common.table(f"{out.name}: codes that differ from the kernel's", columns, counts)
     outputs = common.table(
         "Outputs against the float model",
         ("output", "cosine", "largest difference", "SQNR, dB"),
@@ -96,7 +100,7 @@ def document(result: Verification) -> dict[str, Any]:
         "norms": [
             {
                 "name": norm.name, "codes": norm.codes, "mismatches": norm.mismatches,
-                "border_mismatches": norm.border_mismatches,
+                "border_mismatches": norm.border_mismatches, "border_beyond": norm.border_beyond,
                 "largest": norm.largest, "beyond": norm.beyond,
                 "differences": [vars(code) for code in norm.differences],
                 "stage": None if norm.stage is None else vars(norm.stage),
@@ -112,5 +116,8 @@ def document(result: Verification) -> dict[str, Any]:
 
 def summary(result: Verification) -> str:
     """Return the middle of the closing line."""
-    floats = ", as float32 norms' may" if result.passed and not result.exact else ""
-    return f"{common.count(len(result.norms), 'norm')}, {result.mismatches:,} of {result.codes:,} codes differ{floats}"
+    border = sum(norm.border_mismatches for norm in result.norms)
+    differ = f"{result.mismatches - border:,} of {result.codes:,} codes differ"
+    beside = f", {border:,} at the border" if border else ""
+    floats = ", as float32's may" if result.passed and not result.exact else ""
+    return f"{common.count(len(result.norms), 'norm')}, {differ}{beside}{floats}"
