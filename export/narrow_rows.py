@@ -274,7 +274,8 @@ class Rows:
             least <<= LIMB_BITS
             present = Number(op("Min", arithmetic.floor(parts[-1], LIMB).value, one.value), 0, 1)
             absent = arithmetic.sub(one, present).within(0, 1)
-            factor = arithmetic.add(arithmetic.mul(absent, arithmetic.constant(LIMB - 1)), one)
+            # each a Max: OpenVINO makes (x + b/a)*a of a*x + b in models with quantizers, which rounds if a is no power
+            factor = Number(op("Max", arithmetic.mul(absent, arithmetic.constant(LIMB)).value, one.value), 1, LIMB)
             moved = [arithmetic.mul(part, absent) for part in parts[:-1]]
             shifted = Number(op("Mul", parts[-1].value, factor.value), 0, LIMIT - LIMB)
             kept = [
@@ -285,7 +286,8 @@ class Rows:
                 *(arithmetic.add(a, b).within(0, LIMB - 1) for a, b in zip(kept[1:], moved, strict=False)),
             ]
             parts.append(arithmetic.add(shifted, moved[-1].within(0, LIMB - 1)))
-            shifts.append(arithmetic.add(arithmetic.mul(absent, arithmetic.constant((1 << DIGIT) - 1)), one))
+            step = op("Max", arithmetic.mul(absent, arithmetic.constant(1 << DIGIT)).value, one.value)
+            shifts.append(Number(step, 1, 1 << DIGIT))
         top = arithmetic.floor(parts[-1].within(0, LIMIT - 1), LIMB)
         power = Number(arithmetic.look_up(_TO_TOP, top.value), 1, 1 << _TO_TOP_BITS)
         square = Number(op("Mul", power.value, power.value), 1, 1 << 2 * _TO_TOP_BITS)

@@ -12,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import N, feeds, model_with_norms, run_onnxruntime, run_reference
 
-from fxp_layernorm import DataError, FxpLayerNorm, ModelError, export
+import fxp_layernorm as fxp
+from fxp_layernorm import DataError, FxpLayerNorm, ModelError, QuantParams, export
 from fxp_layernorm.calibration import calibrate_model
 from fxp_layernorm.params import ModelParams
 from fxp_layernorm.runtime import Feeds
@@ -326,3 +327,27 @@ def test_one_bad_norm_is_told_by_its_name() -> None:
     del lacking.graph.node[3].input[:]
     with pytest.raises(ModelError, match="'norm0' has no input"):
         first(lacking)
+
+
+def test_float24_bears_offsets_that_are_taken_into_products() -> None:
+    """OpenVINO makes (x - (c + b/a)) * -a of a*(c - x) + b in models with quantizers, and b/a rounds."""
+    layer = fxp.LayerNorm(384, 1e-12)
+    spec = fxp.plan(layer, QuantParams("int8", 0.05), QuantParams("int8", 0.03), hardware="carried24")
+    nodes = export.to_onnx(spec, word="float24").graph.node
+    values = {node.output[0]: node for node in nodes}
+
+    def scalar(name: str) -> np.float32 | None:
+        node = values.get(name)
+        value = numpy_helper.to_array(node.attribute[0].t) if node and node.op_type == "Constant" else np.zeros(0)
+        return np.float32(value.item()) if value.size == 1 else None
+
+    x, checked = np.arange(2, dtype=np.float32), 0
+    for difference in (node for node in nodes if node.op_type == "Sub" and scalar(node.input[0]) is not None):
+        for product in (node for node in nodes if node.op_type == "Mul" and difference.output[0] in node.input):
+            c, a = scalar(difference.input[0]), next(filter(None, map(scalar, product.input)), None)
+            for total in (node for node in nodes if node.op_type == "Add" and product.output[0] in node.input):
+                b = next(filter(None, map(scalar, total.input)), None)
+                if c is not None and a is not None and b is not None:
+                    np.testing.assert_array_equal((x - (c + b / a)) * -a, (c - x) * a + b)
+            checked += a is not None
+    assert checked
