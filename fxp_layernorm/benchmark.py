@@ -24,7 +24,7 @@ from .quantization import QuantParams
 from .threads import TEAM
 
 SHAPES = ((1, 768), (512, 768), (4096, 768), (512, 4096), (8192, 64), (64, 65536))
-QUICK_SHAPES = ((1, 768), (512, 768), (8192, 64))
+QUICK_SHAPES = ((1, 768), (4096, 768), (8192, 64))
 #: Seconds that each shape is measured for, and the fewest rounds of all its calls.
 SECONDS, QUICK_SECONDS, ROUNDS = 4.0, 0.5, 7
 #: Measurements of a call in each of its turns, of which the median counts, and calls before them that are not timed.
@@ -99,12 +99,15 @@ def run(*, threads: int = 1, quick: bool = False, advance: Callable[[], None] = 
             codes = {name: _codes(pairing, rows, n) for name, (pairing, _) in norms.items()}
             for name, (_, norm) in norms.items():
                 first_call.setdefault(name, _compile(norm, codes[name]))
-            ours = {name: _bind(norm, codes[name], threads) for name, (_, norm) in norms.items()}
-            alone = {f"{name}, 1 thread": _bind(norm, codes[name], 1) for name, (_, norm) in norms.items()}
+            ours: dict[str, Call] = {}
+            for name, (_, norm) in norms.items():
+                ours[name] = _bind(norm, codes[name], threads)
+                if threads > 1:
+                    ours[f"{name}, 1 thread"] = _bind(norm, codes[name], 1)
             plain = "int8 -> int8"
             ways = _ways(norms[plain][1], codes[plain], threads)
             rivals = _peers(codes[plain], threads)
-            groups = [ours | ways | (alone if threads > 1 else {}), *({name: call} for name, call in rivals.items())]
+            groups = [ours | ways, *({name: call} for name, call in rivals.items())]
             times = _measure(groups, QUICK_SECONDS if quick else SECONDS, REST if threads > 1 else 0.0)
             shape = f"{rows} x {n}"
 

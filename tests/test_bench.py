@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from printed import refreshed
 
 import fxp_layernorm as fxp
 from fxp_layernorm import benchmark
@@ -78,3 +80,10 @@ def test_what_is_measured_is_exact(pairing: benchmark.Pairing) -> None:
     assert (norm.spec.input.exponents is not None) == pairing.exponents
     assert len(np.unique(codes)) > 150
     np.testing.assert_array_equal(norm(codes), fxp.reference.run(norm.spec, codes))
+
+
+def test_what_commands_print_is_put_below_their_names() -> None:
+    page = "A\n<!-- printed by: echo new -->\n```\nold\n```\nB\n<!-- printed by: false -->\n```\nkept\n```\n"
+    assert refreshed(page, "echo") == page.replace("old", "new")
+    with pytest.raises(subprocess.CalledProcessError):
+        refreshed(page, "")
