@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from ..axes import last_axes
 from ..errors import ModelError
 from ..proof import NormKind
 from ..quantization import QuantParams
@@ -62,7 +63,7 @@ def _norm(tape: Tape, spec: LayerNormSpec, x: ir.Value, opset: int) -> ir.Value:
     layernorm = spec.kind is NormKind.LAYERNORM
     op, axes, shape = tape.op, spec.axes, spec.normalized_shape
     gamma, beta = (np.asarray(values, dtype=np.float32).reshape(shape) for values in (spec.gamma, spec.beta))
-    last = axes == tuple(range(-len(axes), 0)) and not spec.eps_outside
+    last = axes == last_axes(len(axes)) and not spec.eps_outside
     if last and opset >= (17 if layernorm else 23):
         parameters = [_initializer(tape, gamma, "gamma")]
         if beta.any():

@@ -15,6 +15,7 @@ from enum import StrEnum
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from ..axes import last_axes
 from ..errors import ModelError
 from ..proof import NormKind
 from ..spec import LayerNormSpec
@@ -111,7 +112,7 @@ def append(
     ModelError
         If the word doesn't hold the spec, or the opset doesn't have its operators.
     """
-    last = tuple(range(-len(spec.axes), 0))
+    last = last_axes(len(spec.axes))
     if spec.axes == last:
         return _append(tape, spec, operands, writing, rank, name, output)
     if rank is None:

@@ -19,7 +19,7 @@ from .axes import check_shape, from_rows, to_rows
 from .errors import CodeTypeError, InputError, WidthError
 from .proof import NormKind
 from .quantization import QuantParams
-from .spec import LayerNormSpec
+from .spec import LayerNormSpec, check_spec
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,7 @@ def ideal(spec: LayerNormSpec, q: npt.ArrayLike, residual: npt.ArrayLike | None 
 
 def check_operands(spec: LayerNormSpec, q: npt.ArrayLike, residual: npt.ArrayLike | None) -> list[npt.NDArray[Any]]:
     """Return the codes of each operand as arrays after checking them against the spec."""
+    check_spec(spec)
     if (residual is not None) != (spec.residual is not None):
         raise InputError("the spec adds a residual; give its codes" if spec.residual else "the spec adds no residual")
     codes = [check_codes(spec, q, spec.input)]
