@@ -10,7 +10,7 @@ from .diagnosis import CodeDifference, StageDifference
 from .loading import load_model
 from .model import Replacement, exported_norms, quantize_model, replace_norms
 from .norms import Norm, find_norms
-from .probing import probe
+from .probing import export_probe, probe
 from .qdq import Border, find_border, fitting_border
 from .replacing import ExportedNorm
 from .standalone import to_onnx
@@ -32,6 +32,7 @@ __all__ = [
     "Verifier",
     "Word",
     "export_model",
+    "export_probe",
     "exported_norms",
     "find_border",
     "find_norms",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from .diagnosis import LETTER
 from .loading import Model, load_model
 from .model import exported_norms
 from .replacing import ExportedNorm
+from .writing import save_model
 
 
 def with_stages(model: ir.Model, places: list[ExportedNorm]) -> tuple[ir.Model, list[dict[str, str]]]:
@@ -68,7 +70,7 @@ def compared_values(places: list[ExportedNorm]) -> list[tuple[str, str]]:
 
 
 def probe(exported: Model) -> onnx.ModelProto:
-    """Return an exported model with the norms' codes and stages as further outputs.
+    """Return an exported model with the norms' codes and stages as further outputs, its external data brought into it.
 
     Run elsewhere, it gives what `Verifier` takes as results.
 
@@ -77,11 +79,25 @@ def probe(exported: Model) -> onnx.ModelProto:
     ModelError
         If the model can't be read, or has no integer norms.
     """
-    model = load_model(exported)
+    staged = _staged(load_model(exported))
+    load_external_data(staged)
+    return ir.to_proto(staged)
+
+
+def export_probe(exported: Model, out: str | Path) -> None:
+    """Write what `probe` returns to a file that appears whole or not at all; external data are copied beside it."""
+    save_model(_staged(load_model(exported)), out)
+
+
+def _staged(model: ir.Model) -> ir.Model:
     places = exported_norms(model)
     staged, stages = with_stages(model, places)
-    load_external_data(staged)
     proto = ir.to_proto(staged)
     names = [name for name, _ in compared_values(places)] + [name for own in stages for name in own.values()]
     expose(proto, dict.fromkeys(names, ()))
-    return onnx.shape_inference.infer_shapes(proto)  # outputs must have types
+    shown = ir.from_proto(onnx.shape_inference.infer_shapes(proto))  # outputs must have types
+    held = {value.name: value.const_value for graph in staged.graphs() for value in graph.initializers.values()}
+    for graph in shown.graphs():
+        for value in graph.initializers.values():
+            value.const_value = held.get(value.name, value.const_value)  # external data know their folder
+    return shown

@@ -39,15 +39,21 @@ def export_model(
         If the file can't be written.
     """
     replacement = replace_norms(model, params, form, word, opset=opset)
+    save_model(replacement.model, out)
+    return replacement
+
+
+def save_model(model: ir.Model, out: str | Path) -> None:
+    """Write a model; where it has external data, they are copied to ``OUT.data``, without being held in memory."""
     path = Path(out).resolve()
-    if not _external(replacement.model):
+    if not _external(model):
         with atomic_path(path) as temporary:
-            onnx.save(ir.to_proto(replacement.model), temporary)
-        return replacement
+            onnx.save(ir.to_proto(model), temporary)
+        return
     final = path.with_name(f"{path.name}.data")
     with atomic_path(path) as temporary, atomic_path(final) as data:
         outside = ir.external_data.unload_from_model(
-            replacement.model.clone(), data.parent, data.name, size_threshold_bytes=_INLINE_BYTES
+            model.clone(), data.parent, data.name, size_threshold_bytes=_INLINE_BYTES
         )
         for value, tensor in _external(outside):
             value.const_value = ir.ExternalTensor(
@@ -56,7 +62,6 @@ def export_model(
             )  # fmt: skip
         onnx.save(ir.to_proto(outside), temporary)
         path.unlink(missing_ok=True)  # at no moment is the old model there with the new data
-    return replacement
 
 
 def _external(model: ir.Model) -> list[tuple[ir.Value, ir.ExternalTensor]]:

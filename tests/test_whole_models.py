@@ -31,6 +31,12 @@ def external(folder: Path, model: onnx.ModelProto | None = None) -> Path:
     return path
 
 
+def results_of(probe: Path, data: Feeds) -> Feeds:
+    """Return what ONNX Runtime makes of a probe, by the names of its outputs."""
+    session = Session(export.load_model(probe))
+    return Feeds([session.run(feed) for feed in data])
+
+
 def files_of(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -57,6 +63,10 @@ def test_external_data_stay_external(tmp_path: Path, form: str, place: str) -> N
     if place == "elsewhere":
         shutil.rmtree(source.parent)
     assert export.verify(kept, out, params, data).exact
+    probe = tmp_path / "probe.onnx"
+    export.export_probe(out, probe)
+    assert (tmp_path / "probe.onnx.data").stat().st_size > 1024
+    assert export.verify(kept, out, params, data, results=results_of(probe, data)).exact
 
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +113,9 @@ def test_model_of_more_than_two_gigabytes(tmp_path: Path) -> None:
     assert (tmp_path / "q.onnx.data").stat().st_size >= 4 * N * rows
     assert (tmp_path / "q.onnx").stat().st_size < 1 << 20
     assert export.verify(tmp_path / "m.onnx", tmp_path / "q.onnx", params, data).exact
+    export.export_probe(tmp_path / "q.onnx", tmp_path / "p.onnx")
+    results = results_of(tmp_path / "p.onnx", data)
+    assert export.verify(tmp_path / "m.onnx", tmp_path / "q.onnx", params, data, results=results).exact
 
 
 @pytest.mark.parametrize("form", ["inline", "function"])

@@ -46,12 +46,8 @@ def verify(
       fxp-layernorm verify model.onnx integer.onnx params.json --data feeds/ --probe probe.onnx
       fxp-layernorm verify model.onnx integer.onnx params.json --data feeds/ --results device/
     """
-    import onnx
-
-    from ..export import exported_norms, load_model
-    from ..export import probe as probe_of
+    from ..export import export_probe, exported_norms, load_model
     from ..export import verify as run
-    from ..files import atomic_path
     from ..runtime import Feeds
 
     output = common.Output(as_json)
@@ -61,8 +57,7 @@ def verify(
         computed = None if results is None else Feeds(results)
         result = run(model, out, loaded, feeds, results=computed, advance=advance)
     if probe is not None:
-        with atomic_path(probe) as temporary:
-            onnx.save(probe_of(out), temporary)
+        export_probe(out, probe)
     columns = (
         "norm", "codes", "differ", "at most, LSB", "no float32 norm's", "differ at the border",
         "no float32 quantizer's",
