@@ -43,14 +43,10 @@ def adds(node: ir.Node) -> bool:
 
 def is_skip(node: ir.Node) -> bool:
     """Tell whether a node adds up two tensors and nothing else before it normalizes."""
-    if not _is_skip(node):
+    if node.domain != _RUNTIME or not node.op_type.startswith("Skip") or kind(node) is None:
         return False
     place = _PLACES[node.op_type][2]
     return place is None or _input(node, place) is None
-
-
-def _is_skip(node: ir.Node) -> bool:
-    return node.domain == _RUNTIME and node.op_type.startswith("Skip") and kind(node) is not None
 
 
 def value(node: ir.Node) -> ir.Value | None:
@@ -74,16 +70,6 @@ def blocker(node: ir.Node) -> str | None:
         lacking = any(used[1:2]) and _input(node, 7) is None
         return "its mask index is used, and it has no mask" if lacking else None
     return "its mean or inverse deviation is used" if any(used[1:3]) else None
-
-
-def infer_shape(node: ir.Node) -> bool:
-    """Give the outputs of a node that adds two tensors the first one's type and shape; tells whether they were new."""
-    x = _input(node, 0)
-    if not _is_skip(node) or x is None or x.shape is None or node.outputs[0].shape is not None:
-        return False
-    for output in (node.outputs[0], *node.outputs[3:]):
-        output.type, output.shape = x.type, x.shape
-    return True
 
 
 def show_sum(node: ir.Node, taken: set[str]) -> None:

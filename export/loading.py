@@ -22,6 +22,7 @@ from . import fused, versions
 from .decomposed import ROOTS
 from .names import unique_name
 from .norms import find_norms
+from .shapes import infer_shapes
 from .subgraph import DOMAIN
 
 Model = str | PathLike[str] | onnx.ModelProto | ir.Model
@@ -63,7 +64,7 @@ def load_model(model: Model, *, opset: int | None = None) -> ir.Model:
     with _silent():
         _inline_functions_of_norms(loaded)
         _separate_names(loaded)
-        _infer_shapes(loaded)
+        infer_shapes(loaded)
     taken = set(ir.convenience.create_value_mapping(loaded.graph))
     for node in loaded.graph.all_nodes():
         fused.show_sum(node, taken)
@@ -79,14 +80,6 @@ def _read(model: Model) -> ir.Model:
     return ir.from_proto(model) if isinstance(model, onnx.ModelProto) else ir.load(model)
 
 
-def _infer_shapes(model: ir.Model) -> None:
-    """Infer shapes, also behind ONNX Runtime's nodes, which ONNX knows nothing of."""
-    infer = ir.passes.common.ShapeInferencePass()
-    infer(model)
-    while [node for node in model.graph.all_nodes() if fused.infer_shape(node)]:
-        infer(model)
-
-
 def _inline_functions_of_norms(model: ir.Model) -> None:
     """Inline the functions that hold a norm, found in a trial with all of those that could."""
     candidates = _callers(model, {key for key, function in model.functions.items() if _may_hold_norm(function)})
@@ -98,7 +91,7 @@ def _inline_functions_of_norms(model: ir.Model) -> None:
             node.meta[_FUNCTION] = key
     if not _inline(trial, candidates):
         return
-    _infer_shapes(trial)
+    infer_shapes(trial)
     nodes = (node for norm in find_norms(trial) for node in norm.nodes)
     _inline(model, _callers(model, {node.meta[_FUNCTION] for node in nodes if _FUNCTION in node.meta}))
 

@@ -276,6 +276,21 @@ def test_onnxruntimes_nodes_that_add_and_normalize(form: str, sum_is_read: bool)
         assert np.abs(found.astype(int) - original).max() <= 1
 
 
+def test_quantizers_of_onnxruntimes_domain() -> None:
+    """ONNX infers no shapes behind them, and without shapes no sum is known to need no broadcasting."""
+    block = Residual("int16")
+    for node in block.nodes:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            node.domain = "com.microsoft"
+    quantized_sum(block)
+    model, feed = block.model(domains=("com.microsoft",)), block.feed()
+    params = quantized_norms(model, fuse_residual=True).params
+    assert all(norm.spec.residual is not None for norm in params.norms)
+    exported = export.quantize_model(model, params)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(operators(exported))
+    assert export.verify(model, exported, params, Feeds(feed)).exact
+
+
 def test_another_norm_that_reads_the_sum_leaves_the_first_alone() -> None:
     """Its add is the first norm itself, which must not go with it."""
     block = Residual()
