@@ -23,7 +23,7 @@ from ..proof import NormKind
 from .evaluation import MEASURES, Array, Evaluator
 from .statistic import Statistic
 
-_REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}
+_REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"}
 #: What a value of the same meaning passes through.
 _PASSING = {"Cast", "Identity", "Reshape", "Expand", "Squeeze", "Unsqueeze", "Transpose"}
 _AFFINE = {"Add", "Sub", "Mul", "Div"}
@@ -32,7 +32,7 @@ _SHAPES = {"Shape", "Size", "Gather", "Slice", "Concat", "ReduceProd"}
 #: What a norm in elementary operators is made of.
 OPERATORS = _REDUCTIONS | _PASSING | _ARITHMETIC | _SHAPES
 #: Without one of these there is none.
-ROOTS = {"Sqrt", "Pow"}
+ROOTS = {"Sqrt", "Pow", "ReduceL2"}
 
 #: Nodes that a region may have on either side of its x, and beyond an RMSNorm's x in search of a mean before it.
 _MOST_NODES, _MORE_NODES = 64, 8
@@ -88,8 +88,8 @@ def find_decomposed(graph: ir.Graph, evaluator: Evaluator) -> list[Decomposed]:
     finder = _Finder(graph, evaluator)
     found: dict[ir.Value, Decomposed] = {}
     with np.errstate(all="ignore"):
-        for argument in finder.roots():
-            norm = finder.norm(argument)
+        for value, squared in finder.roots():
+            norm = finder.norm(value, squared=squared)
             if norm is not None:
                 found.setdefault(norm.output, norm)
     return list(found.values())
@@ -104,21 +104,26 @@ class _Finder:
         self._evaluator = evaluator
         self._constants, self._shapes = evaluator.constants, evaluator.shapes
 
-    def roots(self) -> Iterator[ir.Value]:
-        """Yield the arguments of the square roots."""
+    def roots(self) -> Iterator[tuple[ir.Value, bool]]:
+        """Yield the arguments of the square roots; or a root itself, whose square is the argument."""
         for node in self._nodes:
             argument = node.inputs[0] if node.inputs else None
             if not _known(node) or argument is None or self._evaluator.given(argument):
                 continue
-            if node.op_type == "Sqrt":
-                yield argument
+            if node.op_type == "ReduceL2":
+                yield node.outputs[0], True
+            elif node.op_type == "Sqrt":
+                yield argument, False
             elif node.op_type == "Pow" and (power := node.inputs[1]) is not None and power in self._constants:
                 exponent = self._evaluator.constant(power)
                 if exponent.size == 1 and abs(exponent.item()) == 0.5:
-                    yield argument
+                    yield argument, False
 
-    def norm(self, argument: ir.Value) -> Decomposed | None:
-        """Return the norm with the root of `argument`: a LayerNorm before an RMSNorm, of the nearest x."""
+    def norm(self, argument: ir.Value, *, squared: bool = False) -> Decomposed | None:
+        """Return the norm with the root of `argument`, or of its square.
+
+        It is a LayerNorm before an RMSNorm, of the nearest x.
+        """
         nearest: tuple[ir.Value, Statistic] | None = None
         most = _MOST_NODES
         for x, nodes in self._inputs(argument):
@@ -126,7 +131,7 @@ class _Finder:
                 break
             if not any(node.op_type in _REDUCTIONS for node in nodes):
                 continue
-            statistic = self._statistic(x, nodes, argument)
+            statistic = self._statistic(x, nodes, argument, squared=squared)
             if statistic is not None and statistic.kind is NormKind.LAYERNORM:
                 return self._region(x, statistic)
             if statistic is not None and nearest is None:
@@ -147,8 +152,11 @@ class _Finder:
             open_values.update(value for value in latest.inputs if value is not None and not given(value))
             nodes.append(latest)
 
-    def _statistic(self, x: ir.Value, nodes: list[ir.Node], argument: ir.Value) -> Statistic | None:
-        """Return what `argument` is of x, where it is a variance or a mean square plus eps."""
+    def _statistic(self, x: ir.Value, nodes: list[ir.Node], argument: ir.Value, *, squared: bool) -> Statistic | None:
+        """Return what `argument`, or its square, is of x, where it is a variance or a mean square plus eps.
+
+        It may be n times as much, where there is no eps; then the root must be divided again to be one of a norm.
+        """
         rng = np.random.default_rng(1)
         for whole in (False, True):
             shape = self._sizes(x, nodes, (-1,), whole=whole)
@@ -159,6 +167,8 @@ class _Finder:
             at_zero, at_value = results
             if at_zero is None or at_value is None:
                 continue
+            if squared:
+                at_value = np.square(at_value)
             epsilon = float(at_zero.flat[0]) if at_zero.size else -1.0
             if not (0 <= epsilon < np.inf and np.all(at_zero == epsilon)):
                 return None
@@ -169,15 +179,24 @@ class _Finder:
                         if unbiased and statistic.count(value) == 1:
                             continue
                         square = statistic.inner(value)[1]
-                        if _like(at_value, value.shape, square) and _close(at_value, square + epsilon, value.shape):
+                        if not _like(at_value, value.shape, square):
+                            continue
+                        if _close(at_value, square + epsilon, value.shape):
                             return statistic
+                        if (
+                            not unbiased
+                            and not epsilon
+                            and _close(at_value, square * statistic.count(value), value.shape)
+                        ):
+                            return replace(statistic, summed=True)
         return None
 
     def _region(self, x: ir.Value, statistic: Statistic) -> Decomposed | None:
         """Return the norm from x to the last value that is one."""
         nodes = self._consumers(x)
         for whole in (False, True):
-            for possible in (statistic, *self._with_eps_outside(x, statistic, nodes, whole=whole)):
+            itself = () if statistic.summed else (statistic,)
+            for possible in (*itself, *self._with_eps_outside(x, statistic, nodes, whole=whole)):
                 fits = self._fits(x, possible, nodes, whole=whole)
                 if fits:
                     return self._found(x, possible, fits)
@@ -198,7 +217,7 @@ class _Finder:
             epsilon = float(at_zero.flat[0]) if at_zero.size and at_zero.dtype == np.float64 else 0.0
             if not (0 < epsilon < np.inf and np.all(at_zero == epsilon)) or result is None:
                 continue
-            possible = replace(statistic, epsilon=epsilon, outside=True)
+            possible = replace(statistic, epsilon=epsilon, outside=True, summed=False)
             if _like(result, shape, square) and _close(result, possible.divisor(square), shape):
                 yield possible
 

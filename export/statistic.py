@@ -28,6 +28,8 @@ class Statistic:
     epsilon : float
     outside : bool
         Whether epsilon is added to the root.
+    summed : bool
+        Whether the sum of squares stands under the root instead of their mean.
     """
 
     kind: NormKind
@@ -35,6 +37,7 @@ class Statistic:
     unbiased: bool
     epsilon: float
     outside: bool = False
+    summed: bool = False
 
     def inner(self, x: Array) -> tuple[Array, Array]:
         """Return x, centred for LayerNorm, and its mean square; both keep their dimensions."""

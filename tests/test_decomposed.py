@@ -105,6 +105,8 @@ OTHERS: dict[str, str] = {
     "softmax": "m = ReduceMax<axes = [-1]>(h) d = Sub(h, m) e = Exp(d) s = SUM(e) o = Div(e, s)",
     "L2 normalization": "s = Mul(h, h) v = SUM(s) r = Sqrt(v) o = Div(h, r)",
     "L2 normalization with eps": "s = Mul(h, h) v = SUM(s) a = Add(v, eps) r = Sqrt(a) o = Div(h, r)",
+    "L2 normalization by ReduceL2": "r = ReduceL2<axes = [-1]>(h) o = Div(h, r)",
+    "L2 normalization by ReduceL2 with eps": "r = ReduceL2<axes = [-1]>(h) a = Add(r, eps) o = Div(h, a)",
     "L2 normalization, clamped": "s = Mul(h, h) v = SUM(s) r = Sqrt(v) c = Max(r, tiny) o = Div(h, c)",
     "n - 2": CENTRED
     + "s = Mul(d, d) z = SUM(s) v = Mul(z, inverse_n_less_2) a = Add(v, eps) r = Sqrt(a) o = Div(d, r)",
@@ -150,6 +152,7 @@ def model_of(text: str, *, opset: int = 13, ir_version: int = 8, shape: str = "b
     if by_input:
         text = text.replace("ReduceSumSquare<axes = [-1]>(d)", "ReduceSumSquare(d, last)")
         text = text.replace("ReduceMax<axes = [-1]>(h)", "ReduceMax(h, last)")
+        text = text.replace("ReduceL2<axes = [-1]>(h)", "ReduceL2(h, last)")
     model = onnx.parser.parse_model(
         f'<ir_version: {ir_version}, opset_import: ["": {opset}]> '
         f"g (float[{shape}] x) => (float[{shape}] y) {{ h = Mul(x, weight) {text} y = Tanh(o) }}"
@@ -251,8 +254,17 @@ def test_variance_of_n_less_1(variance: str) -> None:
     assert_replaced(model, data_of(2, 5, N))
 
 
-def test_rmsnorm_with_eps_outside() -> None:
-    model = model_of("s = Mul(h, h) v = MEAN(s) r = Sqrt(v) a = Add(r, eps) u = Div(h, a) o = Mul(u, gamma)")
+@pytest.mark.parametrize("opset", [13, 18])
+@pytest.mark.parametrize(
+    "root",
+    [
+        "s = Mul(h, h) v = MEAN(s) r = Sqrt(v)",
+        "s = Mul(h, h) v = SUM(s) w = Sqrt(v) r = Div(w, sqrt_n)",
+        "w = ReduceL2<axes = [-1]>(h) r = Div(w, sqrt_n)",
+    ],
+)
+def test_rmsnorm_with_eps_outside(root: str, opset: int) -> None:
+    model = model_of(root + " a = Add(r, eps) u = Div(h, a) o = Mul(u, gamma)", opset=opset)
     (norm,) = find(model)
     assert (norm.kind, norm.eps_outside, norm.epsilon, norm.output) == ("rmsnorm", True, EPS, "o")
     assert_replaced(model, data_of(2, 5, N))
