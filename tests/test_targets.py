@@ -61,6 +61,9 @@ def test_answers_are_told_in_few_words() -> None:
     partly = Answers(cases((False,)), [], dict.fromkeys(cases((True,)), "static shapes only"))
     assert str(partly) == "exact (static); refused (dynamic): static shapes only"
     assert str(Answers(cases(opsets=(17, 21)), cases(opsets=(13,)), {})) == "exact (opset 17, 21); **wrong** (opset 13)"
+    outliers = [Case("int24", "inline", 64, 17, d, 7) for d in (False, True)]
+    assert str(Answers(cases(), outliers, {})) == "exact (no channel exponents); **wrong** (channel exponents)"
+    assert str(Answers([*cases(), outliers[1]], outliers[:1], {})).endswith("**wrong** (channel exponents; static)")
 
 
 def test_messages_are_short_and_hold_no_cell_border() -> None:

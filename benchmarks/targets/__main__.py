@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import time
 import venv
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,9 +67,16 @@ class Case(NamedTuple):
     n: int
     opset: int
     dynamic: bool
+    exponents: int = 0
 
 
-CASES = [Case(*values) for values in itertools.product(WORDS, FORMS, LENGTHS, OPSETS, (False, True))]
+#: The largest channel exponent of the cases that have any.
+EXPONENTS = 7
+CASES = [
+    Case(*values)
+    for grid in ((LENGTHS, OPSETS, (False, True), (0,)), (LENGTHS[:1], OPSETS[1:2], (False, True), (EXPONENTS,)))
+    for values in itertools.product(WORDS, FORMS, *grid)
+]
 
 
 @dataclass
@@ -79,39 +88,48 @@ class Answers:
     refused: dict[Case, str]
 
     def __str__(self) -> str:
-        total = len(self.exact) + len(self.wrong) + len(self.refused)
-        if len(self.exact) == total:
+        every = [*self.exact, *self.wrong, *self.refused]
+        if len(self.exact) == len(every):
             return "exact"
         parts = []
         if self.exact:
-            parts.append(f"exact {_which(self.exact)}")
+            parts.append(f"exact {_which(self.exact, every)}")
         if self.wrong:
-            parts.append(f"**wrong** {_which(self.wrong) if len(self.wrong) < total else ''}".rstrip())
-        for message, count in Counter(self.refused.values()).most_common():
+            parts.append(f"**wrong** {_which(self.wrong, every)}".rstrip())
+        for message, _ in Counter(self.refused.values()).most_common():
             cases = [case for case, found in self.refused.items() if found == message]
-            parts.append(f"refused {_which(cases) if count < total else ''}".rstrip() + f": {message}")
+            parts.append(f"refused {_which(cases, every)}".rstrip() + f": {message}")
         return "; ".join(parts)
 
 
-def _which(cases: list[Case]) -> str:
-    """Say which cases these are, in as few words as tell them apart."""
+def _which(cases: list[Case], every: list[Case]) -> str:
+    """Say which cases these are, in as few words as tell them apart; nothing where they are all."""
+    if len(cases) == len(every):
+        return ""
     found = []
-    for name, every in (("n", LENGTHS), ("opset", OPSETS), ("dynamic", (False, True))):
+    for name in ("exponents", "n", "opset", "dynamic"):
         values = sorted({getattr(case, name) for case in cases})
-        if len(values) < len(every):
-            words = ["dynamic" if value else "static" for value in values] if name == "dynamic" else map(str, values)
-            found.append(" ".join(words) if name == "dynamic" else f"{name} {', '.join(words)}")
+        if len(values) == len({getattr(case, name) for case in every}):
+            continue
+        every = [case for case in every if getattr(case, name) in values]
+        if name == "exponents":
+            found.append("channel exponents" if values[0] else "no channel exponents")
+        elif name == "dynamic":
+            found.append("dynamic" if values[0] else "static")
+        else:
+            found.append(f"{name} {', '.join(map(str, values))}")
     return f"({'; '.join(found)})" if found else f"({len(cases)} cases)"
 
 
-def spec_and_rows(n: int) -> tuple[fxp.LayerNormSpec, npt.NDArray[Any]]:
+def spec_and_rows(n: int, exponents: int = 0) -> tuple[fxp.LayerNormSpec, npt.NDArray[Any]]:
     """Return a LayerNorm from int8 to int8 that every word holds, and rows that go to the ends of its values."""
     rng = np.random.default_rng(n)
     layer = fxp.LayerNorm(n)
     layer.weight = np.exp(0.3 * rng.standard_normal(n)) * rng.choice([-1.0, 1.0], n)
     layer.bias = 0.2 * rng.standard_normal(n)
     side = fxp.QuantParams("int8", 16 / 255, -5)
-    spec = fxp.plan(layer, side, side, hardware="carried24")
+    wide = fxp.QuantParams("int8", 16 / 255, -5, rng.integers(0, exponents + 1, n)) if exponents else side
+    spec = fxp.plan(layer, wide, side, hardware="carried24")
     k = np.arange(n)
     ends = [
         np.where(k < n // 2, 127, -128), np.where(k == n - 1, 127, -128), np.where(k == n - 1, 126, 127),
@@ -179,20 +197,40 @@ def shorten(error: str, folder: str) -> str:
     return text if len(text) <= 160 else f"{text[:70]} ... {text[-85:]}"
 
 
-def run(name: str, python: Path, cases: list[Case]) -> dict[tuple[str, str], Answers]:
-    """Run a consumer on the cases."""
+def run(name: str, python: Path, cases: list[Case], jobs: int = 1) -> dict[tuple[str, str], Answers]:
+    """Run a consumer on the cases, in as many processes."""
     found: dict[tuple[str, str], Answers] = {}
+    for case in cases:
+        found.setdefault((case.word, case.form), Answers([], [], {}))
+    keys = {(case.n, case.exponents) for case in cases}
+    tasks = {key: (*values, reference.run(*values)) for key in keys for values in [spec_and_rows(*key)]}
+    # what takes longest doesn't come last
+    left = sorted(cases, key=lambda case: (case.exponents, case.n))
+    with ThreadPoolExecutor(jobs) as pool:
+        for answers in pool.map(lambda _: _work(name, python, left, tasks), range(jobs)):
+            for case, outcome in answers.items():
+                answer = found[case.word, case.form]
+                if isinstance(outcome, str):
+                    answer.refused[case] = outcome
+                else:
+                    (answer.exact if outcome else answer.wrong).append(case)
+    return found
+
+
+def _work(
+    name: str, python: Path, left: list[Case], tasks: dict[tuple[int, int], tuple[Any, ...]]
+) -> dict[Case, bool | str]:
+    """Take cases from the end of the list while there are any: whether each is exact, or why it was refused."""
+    done: dict[Case, bool | str] = {}
     consumer = Consumer(name, python)
-    specs = {n: spec_and_rows(n) for n in {case.n for case in cases}}
-    wanted = {n: reference.run(*values) for n, values in specs.items()}
     with tempfile.TemporaryDirectory() as folder:
         paths = {
             key: str(Path(folder) / end)
             for key, end in (("model", "m.onnx"), ("inputs", "q.npz"), ("outputs", "y.npz"))
         }
-        for case in cases:
-            answers = found.setdefault((case.word, case.form), Answers([], [], {}))
-            spec, q = specs[case.n]
+        while left:
+            case = left.pop()
+            spec, q, wanted = tasks[case.n, case.exponents]
             form, io = FORMS[case.form]
             leading = ("rows",) if case.dynamic else (len(q),)
             onnx.save(to_onnx(spec, case.word, form, leading=leading, io=io, opset=case.opset), paths["model"])
@@ -201,14 +239,13 @@ def run(name: str, python: Path, cases: list[Case]) -> dict[tuple[str, str], Ans
                 Path(paths["outputs"] + (".error" if old == "error" else "")).unlink(missing_ok=True)
             error = consumer.run({**paths, "seconds": SECONDS})
             if error is not None:
-                answers.refused[case] = shorten(error, folder)
+                done[case] = shorten(error, folder)
                 continue
             with np.load(paths["outputs"]) as file:
                 y = file["arr_0"]
-                same = np.array_equal(y, wanted[case.n]) and y.dtype == (io or wanted[case.n].dtype)
-            (answers.exact if same else answers.wrong).append(case)
+                done[case] = bool(np.array_equal(y, wanted) and y.dtype == (io or wanted.dtype))
     consumer.close()
-    return found
+    return done
 
 
 def main() -> None:
@@ -217,6 +254,7 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, default=Path(".targets"), help="the consumers' environments")
     parser.add_argument("--install", action="store_true", help="make the environments that are missing, with pip")
     parser.add_argument("--only", choices=CONSUMERS, action="append", help="run this consumer; may be repeated")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many models to run at a time")
     parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.relative_to(ROOT)}")
     arguments = parser.parse_args()
     page = PAGE.read_text()
@@ -228,7 +266,7 @@ def main() -> None:
         python = interpreter(name, arguments.environments, arguments.install)
         start = time.perf_counter()
         try:
-            found = run(name, python, CASES)
+            found = run(name, python, CASES, arguments.jobs)
         except RuntimeError:
             lines.append(f"| {title} | |{' not run |' * len(WORDS)}")
             continue
