@@ -178,4 +178,5 @@ class CalibrationOptions:
             )  # fmt: skip
 
         sides = side(input, input_method, False), side(output, output_method, output_per_channel)
+        Hardware.parse(hardware).check_codes(sides[0].dtype.bits)  # before any data are observed
         return cls(*sides, lane, hardware)

@@ -66,10 +66,13 @@ class Bounded:
     def too_wide(self, what: str) -> ModelError:
         """Return the error of a value that the word doesn't hold."""
         spec = self.spec
+        largest = max(spec.input.channel_exponents(spec.n))
+        codes = f"{spec.input.dtype} input" + (f" with exponents up to {largest}" if largest else "")
+        smaller = " and smaller exponents (calibrate --exponents N)" if largest else ""
         return ModelError(
-            f"the word {self.word} doesn't hold {what} of the spec with n = {spec.n}, {spec.input.dtype} input and a "
-            f'lane of {spec.lane} bits: it would reach 2^24; the word int64 does. Plan with hardware="carried24" for '
-            f"{self.word}"
+            f"the word {self.word} doesn't hold {what} of the spec with n = {spec.n}, {codes} and a lane of "
+            f"{spec.lane} bits: it would reach 2^24; the word int64 does. For {self.word}, plan with "
+            f'hardware="carried24"{smaller}'
         )
 
     def bounded(self, value: Operand, low: int, high: int) -> Number:

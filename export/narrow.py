@@ -17,7 +17,7 @@ from ..spec import LayerNormSpec
 from .bounded import INT32, Bounded
 from .graph import Operand, Writer
 from .narrow_elements import elements
-from .narrow_rows import ROOT_BITS, V_BITS, Rows
+from .narrow_rows import ROOT_BITS, Rows
 
 
 class Body:
@@ -66,12 +66,9 @@ class Body:
 
 def check(spec: LayerNormSpec, word: str) -> None:
     """Raise ModelError where a spec is not of the kind that the words of 24 bits hold."""
-    codes = spec.row_stage.codes
-    v_most = (codes.v0_max << 2 * spec.h) + spec.E
     reasons = {
         f"its lane has {spec.lane} bits, not 24": spec.lane != 24,
         f"its root has {spec.m} bits, not {ROOT_BITS}": spec.m != ROOT_BITS,
-        f"its variance takes {v_most.bit_length()} bits, more than {V_BITS}": v_most >> V_BITS,
         "its sums take more than 32 bits": spec.accumulator > 32,
         "it adds a residual, or has accumulators or scales a channel as input": spec.adder is not None,
         "its eps is outside the root": spec.A > 0,
@@ -80,5 +77,5 @@ def check(spec: LayerNormSpec, word: str) -> None:
     if found:
         raise ModelError(
             f"the word {word} doesn't hold this spec: {'; '.join(found)}. The word int64 does; for {word}, plan or "
-            "calibrate with the hardware carried24, codes of 8 bits and one scale a tensor"
+            "calibrate with the hardware carried24"
         )

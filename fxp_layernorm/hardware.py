@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import proof
-from .errors import InputError
+from .errors import InputError, PlanError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,9 @@ class Hardware:
         Bits of the integer square root, m; None means 18, 24 or 31 by the lane.
     radicand : int
         V stays below this many bits (equation 3).
+    codes : int
+        Bits of the input codes. With 16 or fewer nothing is added before the norm, and no input channel has a scale of
+        its own: u is the codes, shifted by channel exponents (equation 0).
     unclamped : int or None
         For outputs of up to 8 bits, the magnitudes of what is not clamped take this many bits before the shift
         (equation 9), where the bound is small enough with it.
@@ -38,6 +41,7 @@ class Hardware:
     offset: int = 0
     root: int | None = None
     radicand: int = proof.V_BITS
+    codes: int = 32
     unclamped: int | None = None
 
     def __post_init__(self) -> None:
@@ -46,7 +50,8 @@ class Hardware:
         ranges = {
             "a factor": (self.multiplier, 4, 32), "the accumulator": ((self.accumulator,), 8, 64),
             "the offset": ((self.offset,), 0, 16), "the root": ((self.root,), 2, 31),
-            "the radicand": ((self.radicand,), 8, proof.V_BITS), "the unclamped output": ((self.unclamped,), 10, 62),
+            "the radicand": ((self.radicand,), 8, proof.V_BITS), "the input": ((self.codes,), 2, 32),
+            "the unclamped output": ((self.unclamped,), 10, 62),
         }  # fmt: skip
         for name, (values, low, high) in ranges.items():
             for value in values:
@@ -56,6 +61,14 @@ class Hardware:
         if not isinstance(self.lanes, tuple) or not self.lanes or not set(self.lanes) <= set(proof.ROOT_BITS):
             raise InputError(
                 f"the lanes are {self.lanes!r}; a tuple of {', '.join(map(str, proof.ROOT_BITS))} is expected"
+            )
+
+    def check_codes(self, bits: int) -> None:
+        """Raise PlanError for input codes of more bits than the hardware takes."""
+        if bits > self.codes:
+            raise PlanError(
+                f"the input has {bits} bits and the hardware takes codes of up to {self.codes}: use {self.codes} bits, "
+                "with channel exponents where channels differ much, or another hardware"
             )
 
     @classmethod
@@ -83,5 +96,7 @@ PRESETS = {
     "mac32x32-64": Hardware(multiplier=(32, 32), accumulator=64),
     # integers that are carried in float32, as the words int24 and float24 of the ONNX export have them: the second
     # product within 24 bits where nothing is clamped; else it comes in two parts, of which the lower one has no offset
-    "carried24": Hardware(multiplier=(17, 17), accumulator=31, lanes=(24,), offset=7, radicand=60, unclamped=23),
+    "carried24": Hardware(
+        multiplier=(17, 17), accumulator=31, lanes=(24,), offset=7, radicand=60, codes=8, unclamped=23
+    ),
 }

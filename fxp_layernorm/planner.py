@@ -82,6 +82,7 @@ def plan(
             raise InputError(f"{name} is {params.dtype}; outputs have at most 16 bits")
     if not (math.isfinite(layer.eps) and layer.eps >= 0):
         raise InputError(f"eps is {layer.eps!r}; it must be finite and not negative")
+    _check_inputs(input, residual, sum_output, limits)
     problem = _Problem(layer, input, output, residual, sum_output, limits)
     if lane is not None:
         if not isinstance(lane, int | np.integer) or lane not in proof.ROOT_BITS:
@@ -143,6 +144,19 @@ def hardware_costs(
         name: float(present) - float(plan(layer, input, output, residual=residual, hardware=other).excess)
         for name, other in {**lifted, "all": free}.items()
     }
+
+
+def _check_inputs(
+    input: QuantParams, residual: QuantParams | None, sum_output: QuantParams | None, limits: Hardware
+) -> None:
+    """Raise PlanError unless the hardware takes the input's codes, and what is done to them before the norm."""
+    limits.check_codes(max(side.dtype.bits for side in (input, residual) if side is not None))
+    if limits.codes <= 16 and is_needed(input, residual, sum_output):
+        done = "a residual is added before the norm" if residual is not None else "input channels have their own scales"
+        raise PlanError(
+            f"{done} and the hardware takes codes as they are: add in the model (without --fuse-residual), use channel "
+            "exponents for scales, or another hardware"
+        )
 
 
 def _candidates(limits: Hardware, output: QuantParams, preferred: bool) -> list[tuple[int, bool]]:

@@ -15,6 +15,7 @@ from rows import KINDS, LANES, adversarial, layer_of, noise, params_of
 from specs import hardware, layers, params
 
 from fxp_layernorm import InputError, LayerNorm, LayerNormSpec, NormKind, PlanError, QuantParams, plan
+from fxp_layernorm.calibration import CalibrationOptions
 from fxp_layernorm.hardware import PRESETS, Hardware
 
 
@@ -27,6 +28,7 @@ def keeps(spec: LayerNormSpec, limits: Hardware) -> None:
     assert spec.accumulator <= (limits.accumulator or 63)
     assert all(B % 2**limits.offset == 0 for B in spec.B)
     assert spec.lane in limits.lanes
+    assert spec.input.dtype.bits <= limits.codes
     assert spec.m == (limits.root or {24: 18, 32: 24, 64: 31}[spec.lane])
     assert (spec.row_stage.codes.v0_max << 2 * spec.h) + spec.E < 1 << limits.radicand
 
@@ -98,6 +100,31 @@ def test_what_the_hardware_cannot_do_is_refused_with_the_figure(options: dict[st
         plan(LayerNorm(64), params_of("int8"), params_of("int8"), **options)
 
 
+@pytest.mark.parametrize(
+    ("input", "options", "words"),
+    [
+        (
+            "int16",
+            {},
+            "the input has 16 bits and the hardware takes codes of up to 8: use 8 bits, with",
+        ),
+        ("int8", {"residual": params_of("int8")}, "a residual is added before the norm .* add in the model"),
+        ("int8", {"residual": params_of("int12")}, "the input has 12 bits"),
+    ],
+)
+def test_codes_that_the_hardware_does_not_take(input: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        plan(LayerNorm(8), params_of(input), params_of("int8"), hardware="carried24", **options)
+    with pytest.raises(PlanError, match="16 bits and the hardware takes codes of up to 8"):
+        CalibrationOptions.of("int16", hardware="carried24")
+
+
+def test_scales_of_channels_need_an_input_stage() -> None:
+    scaled = QuantParams("int8", 0.1, channel_scales=np.linspace(0.05, 0.1, 8))
+    with pytest.raises(PlanError, match=r"input channels have their own scales and .* use channel exponents"):
+        plan(LayerNorm(8), scaled, params_of("int8"), hardware="carried24")
+
+
 @pytest.mark.parametrize("lane", LANES)
 def test_a_lane_of_the_hardware_can_be_chosen(lane: int) -> None:
     assert plan(LayerNorm(8), params_of("int8"), params_of("int8"), lane=lane, hardware="mac32x32-64").lane == lane
@@ -115,6 +142,8 @@ def test_a_lane_of_the_hardware_can_be_chosen(lane: int) -> None:
         ({"root": 32}, "the root of 32 bits can't be planned for; 2 to 31"),
         ({"radicand": None}, "the radicand of None bits"),
         ({"radicand": 63}, "the radicand of 63 bits"),
+        ({"codes": 33}, "the input of 33 bits"),
+        ({"unclamped": 9}, "the unclamped output of 9 bits"),
         ({"lanes": ()}, r"the lanes are \(\); a tuple of 24, 32, 64 is expected"),
         ({"lanes": (16,)}, r"the lanes are \(16,\)"),
         ({"lanes": 24}, "the lanes are 24"),
