@@ -73,6 +73,11 @@ class LocalEngine:
                         wait(0)
                         state.save(into)
                 wait(0)
+            except KeyboardInterrupt:
+                pool.shutdown()  # what runs is finished: the feeds are then all up to one
+                if state is not None and into.feeds and not any(future.exception() for future in under_way):
+                    state.save(into)
+                raise
             finally:
                 for future in under_way:
                     future.cancel()

@@ -63,7 +63,7 @@ def test_feeds_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_interrupted_work_goes_on_where_it_stood(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_at_once(monkeypatch)
+    """Nothing is lost of what was done before an interrupt, however long ago the file was written."""
     model, data, state = model_with_norms(), feeds(5), tmp_path / "state.npz"
     with pytest.raises(KeyboardInterrupt):
         ModelCalibration(model).observe(Feeds(lambda: interrupted(data, after)), state=state)
