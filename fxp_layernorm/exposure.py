@@ -19,7 +19,7 @@ CONTROL_FLOW = ("If", "Loop", "Scan")
 _PREFIX = "fxp_layernorm.exposed"
 
 
-def expose(model: onnx.ModelProto, values: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def expose(model: onnx.ModelProto, values: Mapping[str, tuple[int, ...]], *, copied: bool = False) -> dict[str, str]:
     """Make values of a model its outputs.
 
     Parameters
@@ -28,6 +28,9 @@ def expose(model: onnx.ModelProto, values: Mapping[str, tuple[int, ...]]) -> dic
         Changed in place. No two values of its graph and their bodies may have the same name.
     values : mapping of str to tuple of int
         The names of the values, and the shape of a row of each: values of bodies have the shape (rows, *row).
+    copied : bool
+        Whether values of the main graph are shown as copies, with names of their own. ONNX Runtime gives an output that
+        a QuantizeLinear reads behind a Transpose as what its codes stand for.
 
     Returns
     -------
@@ -44,10 +47,14 @@ def expose(model: onnx.ModelProto, values: Mapping[str, tuple[int, ...]]) -> dic
     outer = {value for value in values if value in _defined(graph)}
     present = {value.name for value in graph.output}
     typed = {value.name: value for value in graph.value_info}
-    for name in values:
-        if name in outer and name not in inputs | present:
-            graph.output.append(typed.get(name, helper.make_value_info(name, onnx.TypeProto())))
     exposed = {name: name for name in values if name in outer - inputs}
+    for name in exposed.keys() - present if copied else ():
+        exposed[name] = f"{_PREFIX}/{name}"
+        graph.node.append(helper.make_node("Identity", [name], [exposed[name]]))
+    for name, shown in exposed.items():
+        if name not in present:
+            kind = typed[name].type if name in typed else onnx.TypeProto()
+            graph.output.append(helper.make_value_info(shown, kind))
     inner = {name: row for name, row in values.items() if name not in outer}
     if inner:
         rows = _Exposer(inner).rows(graph)

@@ -218,7 +218,7 @@ class Session:
         proto = ir.to_proto(model)
         self.outputs = [output.name for output in proto.graph.output]
         asked = values if isinstance(values, Mapping) else dict.fromkeys(values, ())
-        self._exposed = expose(proto, asked)
+        self._exposed = expose(proto, asked, copied=True)
         self._inner_inputs = [name for name in asked if name not in self._exposed]
         options = ort.SessionOptions()
         options.log_severity_level = 3

@@ -239,6 +239,27 @@ def test_a_quantizer_that_rounds_otherwise_is_no_error_of_the_norm() -> None:
     assert 0 < checked.norms[0].border_beyond < checked.norms[0].border_mismatches
 
 
+def test_floats_that_are_quantized_elsewhere_are_seen_as_they_are() -> None:
+    """ONNX Runtime moves a QuantizeLinear before a Transpose, and gives its input as an output of the model wrong."""
+    norm = model_with_norms(1)
+    last = next(index for index, node in enumerate(norm.graph.node) if node.op_type == "LayerNormalization")
+    del norm.graph.node[last + 1 :]
+    y = norm.graph.node[last].output[0]
+    for tensor in (np.array(0.25, dtype=np.float32), np.array(3, dtype=np.int8)):
+        norm.graph.initializer.append(numpy_helper.from_array(tensor, f"to_{tensor.dtype}"))
+    norm.graph.node.extend(
+        [
+            helper.make_node("Transpose", [y], ["turned"], perm=[1, 0, 2]),
+            helper.make_node("QuantizeLinear", ["turned", "to_float32", "to_int8"], ["codes"]),
+            helper.make_node("DequantizeLinear", ["codes", "to_float32", "to_int8"], ["z"]),
+        ]
+    )
+    del norm.graph.output[:]
+    norm.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
+    params = calibrate_model(norm, Feeds(feeds()))
+    assert export.verify(norm, export.quantize_model(norm, params, form="inline"), params, Feeds(feeds())).exact
+
+
 def test_results_in_wider_types_and_without_stages(model: onnx.ModelProto, params: ModelParams) -> None:
     exported = export.quantize_model(model, params)
     full = results_of(exported, run_onnxruntime)
