@@ -167,7 +167,7 @@ class Rows:
         if max(sum(number.high for number in column) for column in taken) >= LIMIT >> 2:  # it is to fit beside n*Q
             taken = [[part] for part in self._carried(taken, parts)]
         # with one sum of squares, which is 1 at least, V0 is never 0
-        positive = len(Q) == 1 and (x is None or self._centred)
+        positive = len(Q) == 1 and Q[0][0].low > 0 and (x is None or self._centred)
         added = [
             spec.E >> LIMB_BITS * k if k == parts - 1 else spec.E >> LIMB_BITS * k & LIMB - 1 for k in range(parts)
         ]
