@@ -31,9 +31,9 @@ METHODS = ("minmax", "moving_average", "percentile", "mse", "entropy")
 SHARING: dict[str, dict[str, object]] = {
     "one scale, asymmetric": {"exponents": 0},
     "one scale, symmetric": {"exponents": 0, "symmetric": True},
-    "exponents, symmetric": {},
-    "exponents, asymmetric": {"symmetric": False},
-    "exponents in, scale a channel out": {"output_per_channel": True},
+    "exponents, symmetric": {"symmetric": True},
+    "exponents, a zero point a channel": {},
+    "the same in, scale and zero point a channel out": {"output_per_channel": True},
 }
 
 

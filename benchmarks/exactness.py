@@ -101,7 +101,7 @@ def configurations(n: int) -> Iterator[Configuration]:
 
     def params(dtype: str, largest: float = reach, **options: Any) -> QuantParams:
         base = QuantParams(dtype, 1.0, **options)
-        return replace(base, scale=largest / (base.hi - base.zero_point))
+        return replace(base, scale=largest / base.hi)
 
     def spread(dtype: str, top: int) -> QuantParams:
         """Give channels exponents that hold their largest values, at most `top`."""
@@ -155,7 +155,7 @@ class Search:
     def start(self, spec: LayerNormSpec) -> None:
         """Judge the rows by a spec with the same inputs."""
         self.spec = spec
-        steps, zero = spec.output.channel_steps(spec.n).astype(np.longdouble), spec.output.zero_point
+        steps, zero = spec.output.channel_steps(spec.n).astype(np.longdouble), spec.output.channel_zeros(spec.n)
         self.gain = np.asarray(spec.gamma, dtype=np.longdouble) / steps
         self.offset = np.asarray(spec.beta, dtype=np.longdouble) / steps + zero
         self.G, self.B = np.array(spec.G, dtype=np.int64), np.array(spec.B, dtype=np.int64)
@@ -173,7 +173,7 @@ class Search:
         adder = self.spec.adder
         total: Any = 0 if adder is None else adder.half
         for operand, params, M in zip(codes, self.spec.operands, self.M, strict=True):
-            total = total + (operand - params.zero_point) * M[channels]
+            total = total + (operand - params.channel_zeros(self.spec.n)[channels]) * M[channels]
         return np.asarray(total >> (0 if adder is None else adder.shift), dtype=np.int64)
 
     def step(self) -> None:

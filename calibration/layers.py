@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..axes import to_rows
 from ..errors import DataError, FxpError
 from ..inference import FxpLayerNorm
-from ..layer import LayerNorm, RMSNorm, check_layer
+from ..layer import LayerNorm, RMSNorm
 from ..planner import plan
 from ..quantization import DType, QuantParams
 from ..spec import LayerNormSpec
@@ -205,7 +205,6 @@ def calibrate(
     32
     """
     chosen = CalibrationOptions.of(input, output, **options)
-    check_layer(layer)
     observer = NormObserver(layer)
 
     def update(array: npt.ArrayLike) -> None:

@@ -51,8 +51,8 @@ class SideOptions:
     exponents : int, optional
         The largest channel exponent, 0 for one scale a tensor; by default 7 for codes of 8 bits and 0 for wider ones.
     symmetric : bool, optional
-        Whether the zero point is the middle of the codes. By default only where channels have scales or exponents of
-        their own: a zero point shared by all channels helps only where all are skewed alike.
+        Whether the zero point is the middle of the codes; by default not. Where channels have scales or exponents of
+        their own, each also has a zero point of its own then.
     percentile : float
         The share of the values in percent, above 50, that ``percentile`` keeps.
     per_channel : bool
@@ -106,9 +106,24 @@ class SideOptions:
         set_field(self, "method", Method(method))
         set_field(self, "exponents", int(exponents))
         set_field(self, "per_channel", bool(per_channel))
-        set_field(self, "symmetric", self.by_channel if symmetric is None else bool(symmetric))
+        set_field(self, "symmetric", bool(symmetric))
         set_field(self, "percentile", float(percentile))
         set_field(self, "narrow_range", bool(narrow_range))
+
+    @property
+    def lo(self) -> int:
+        """The lowest code."""
+        return self.dtype.lo + self.narrow_range
+
+    @property
+    def hi(self) -> int:
+        """The highest code."""
+        return self.dtype.hi
+
+    @property
+    def middle(self) -> int:
+        """The zero point of symmetric codes."""
+        return (self.dtype.lo + self.dtype.hi + 1) // 2
 
     @property
     def by_channel(self) -> bool:

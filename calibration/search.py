@@ -25,8 +25,11 @@ _CLIPS = 2
 #: The share of a channel's cost that is left at the most where clipping is taken: other data go beyond the range of
 #: these, and a smaller gain here is a loss there.
 _CLIPPED_COST = 0.5
-#: Zero points tried where channels with exponents share an asymmetric one: the share of the codes below it.
-_ZERO_POINTS = (0.5, 0.25, 0.375, 0.625, 0.75)
+#: How much farther from the middle of its range a channel's values are taken to be where clipping is judged, and by how
+#: much a scale of its own is wider than what was observed: other data go beyond the range of these.
+_HEADROOM = 1.25
+#: The costliest channels whose steps are tried one by one, those with a share of all cost, and the factor of a trial.
+_REFINED, _COSTLY, _FINE = 12, 0.02, 2.0**0.25
 #: Bins that a code's interval is divided into, to compare distributions.
 _BINS_PER_CODE = 8
 #: What a fraction of a code that holds only clipped values counts as, so that its logarithm is finite.
@@ -56,17 +59,33 @@ class Sample:
         """Return what parameters cost."""
         return self.joint_cost(params) if self.joint_cost else float(self.channel_cost(params).sum())
 
-    def channel_cost(self, params: QuantParams) -> Floats:
-        """Return what parameters cost in each channel by the weights, up to a common factor."""
+    def channel_cost(self, params: QuantParams, *, farther: bool = False) -> Floats:
+        """Return what parameters cost in each channel by the weights, up to a common factor.
+
+        With `farther` it is what they would cost if all values were `_HEADROOM` times as far from their middle.
+        """
         unit, values, weights = self._relative
+        values = self._farther if farther else values
         steps = (params.channel_steps(values.shape[1]) / unit).astype(np.float32)
         errors = np.rint(values / steps)
-        np.clip(errors, params.lo - params.zero_point, params.hi - params.zero_point, out=errors)
+        zeros = params.channel_zeros(values.shape[1])
+        np.clip(errors, params.lo - zeros, params.hi - zeros, out=errors)
         errors *= steps
         errors -= values
         np.square(errors, out=errors)
         errors *= weights
         return np.asarray(errors.sum(axis=0, dtype=np.float64))
+
+    @cached_property
+    def medians(self) -> Floats:
+        """The median of each channel."""
+        return np.asarray(np.median(self.values, axis=0))
+
+    @cached_property
+    def _farther(self) -> npt.NDArray[np.float32]:
+        values = self._relative[1]
+        middle = (values.min(axis=0) + values.max(axis=0)) / 2
+        return np.asarray(middle + (values - middle) * np.float32(_HEADROOM))
 
     @cached_property
     def _relative(self) -> tuple[float, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -79,8 +98,8 @@ def choose(seen: TensorObserver, side: SideOptions, sample: Sample, smallest_sca
     """Return the parameters that a side's options ask for.
 
     Where the method leaves a choice, it is the one with the least cost on the sample: for ``mse`` that of ranges, and
-    of exponents that clip rare values of a channel; for all methods that of the base scale under exponents. For
-    ``entropy`` it is the one with the least divergence.
+    of steps that clip rare values of a channel; for all methods that of the base scale under exponents. For ``entropy``
+    it is the one with the least divergence.
 
     Parameters
     ----------
@@ -90,33 +109,134 @@ def choose(seen: TensorObserver, side: SideOptions, sample: Sample, smallest_sca
     smallest_scale : float
         Bound of the scale from below.
     """
-    tried = candidates(side, *observed_range(seen, side), smallest_scale=smallest_scale)
+    low, high = observed_range(seen, side)
+    if side.by_channel and side.method is Method.MSE:
+        channels = _Channels(side, low, high, sample.medians, smallest_scale)
+        return _refined(_least_by_channel(channels, sample), channels, sample)
+    tried = candidates(side, low, high, sample.medians, smallest_scale=smallest_scale)
     if side.method is Method.ENTROPY:
         return least(tried, lambda params: divergence(params, sample.values))
-    if side.method is Method.MSE:
-        if side.per_channel:
-            return _least_by_channel(tried, sample)
-        if side.exponents:
-            tried = (_clipped(params, sample) for params in tried)
     return least(tried, sample.cost)
 
 
-def _clipped(params: QuantParams, sample: Sample) -> QuantParams:
+@dataclass(frozen=True)
+class _Channels:
+    """Parameters with steps for each channel, for what its codes are to hold.
+
+    Attributes
+    ----------
+    side : SideOptions
+    low, high : ndarray of shape (n,)
+        The range of each channel.
+    medians : ndarray of shape (n,)
+        What the codes lie around where they don't hold the range.
+    smallest_scale : float
+        Bound of the scale from below.
+    """
+
+    side: SideOptions
+    low: Floats
+    high: Floats
+    medians: Floats
+    smallest_scale: float = 0.0
+
+    @cached_property
+    def needed(self) -> Floats:
+        """The steps with which the codes hold the ranges, and 0 besides."""
+        lo, hi = self.side.lo, self.side.hi
+        if self.side.symmetric:
+            return np.asarray(np.maximum(np.abs(self.low), np.abs(self.high)) / (hi - self.side.middle))
+        return np.asarray((np.maximum(self.high, 0) - np.minimum(self.low, 0)) / (hi - lo))
+
+    def with_scales(self, steps: Floats) -> QuantParams:
+        """Return the parameters with a scale for each channel."""
+        scales = np.array([float32_scale(wanted, self.smallest_scale) for wanted in steps.tolist()])
+        return QuantParams(
+            self.side.dtype, float(scales.max()), self._zero_points(scales), channel_scales=scales,
+            narrow_range=self.side.narrow_range,
+        )  # fmt: skip
+
+    def with_exponents(self, scale: float, exponents: npt.NDArray[np.int64]) -> QuantParams:
+        """Return the parameters with one scale and channel exponents."""
+        zero_points = self._zero_points(np.ldexp(scale, exponents))
+        return QuantParams(
+            self.side.dtype, scale, zero_points, exponents, narrow_range=self.side.narrow_range
+        )  # fmt: skip
+
+    def candidates(self) -> Iterator[QuantParams]:
+        """Yield parameters to choose from, the widest first; see `candidates`."""
+        shrink = _SHRINK * _STEPS if self.side.method in (Method.MSE, Method.ENTROPY) else 0
+        if self.side.per_channel:
+            for step in range(shrink + 1):
+                yield self.with_scales(self.needed * 2.0 ** (-step / _STEPS))
+            return
+        widest = float(self.needed.max())
+        for step in range(_STEPS - 1, -shrink - 1, -1):
+            scale = float32_scale(widest * 2.0 ** (step / _STEPS - self.side.exponents), self.smallest_scale)
+            with np.errstate(divide="ignore"):
+                exponents = np.ceil(np.log2(self.needed / scale) - 1e-6)  # float32 scales are rounded up
+            yield self.with_exponents(scale, np.clip(exponents, 0, self.side.exponents).astype(np.int64))
+
+    def moved(self, params: QuantParams, channel: int, direction: int) -> QuantParams | None:
+        """Return parameters with the next step up or down in one channel, None where there is none."""
+        if params.channel_scales is not None:
+            steps = np.array(params.channel_scales)
+            steps[channel] *= _FINE**direction
+            return self.with_scales(steps)
+        exponents = np.array(params.channel_exponents(len(self.low)))
+        exponents[channel] += direction
+        inside = 0 <= exponents[channel] <= self.side.exponents
+        return self.with_exponents(params.scale, exponents) if inside else None
+
+    def _zero_points(self, steps: Floats) -> int | npt.NDArray[np.int64]:
+        """Return the zero points with which codes lie in the middle of the ranges, or near the medians within them."""
+        lo, hi = self.side.lo, self.side.hi
+        if self.side.symmetric:
+            return self.side.middle
+        bottom, top, width = np.minimum(self.low, 0), np.maximum(self.high, 0), steps * (hi - lo)
+        clipped = np.clip(self.medians - width / 2, bottom, np.maximum(top - width, bottom))
+        start = np.where(width >= top - bottom, (bottom + top - width) / 2, clipped)
+        return np.clip(np.rint(lo - start / steps), lo, hi).astype(np.int64)
+
+
+def _least_by_channel(channels: _Channels, sample: Sample) -> QuantParams:
+    """Return the parameters with the least cost, where steps that clip rare values of a channel are tried too."""
+    if channels.side.exponents:
+        return least((_clipped(params, channels, sample) for params in channels.candidates()), sample.cost)
+    middle, half = (channels.low + channels.high) / 2, (channels.high - channels.low) / 2 * _HEADROOM
+    wider = replace(channels, low=middle - half, high=middle + half)
+    options = list(wider.candidates())
+    best = np.argmin([sample.channel_cost(option, farther=True) for option in options], axis=0)
+    return wider.with_scales(np.choose(best, [option.channel_steps(len(middle)) for option in options]))
+
+
+def _clipped(params: QuantParams, channels: _Channels, sample: Sample) -> QuantParams:
     """Return parameters whose exponents are smaller by up to `_CLIPS` where that saves enough of a channel's cost."""
-    exponents = np.array(params.channel_exponents(sample.values.shape[1]))
+    exponents = np.array(params.channel_exponents(len(channels.low)))
     tried = [np.maximum(exponents - clip, 0) for clip in range(_CLIPS + 1)]
-    costs = [sample.channel_cost(replace(params, exponents=each)) for each in tried]
+    costs = [sample.channel_cost(channels.with_exponents(params.scale, each), farther=True) for each in tried]
     costs[0] = costs[0] * _CLIPPED_COST
-    return replace(params, exponents=np.choose(np.argmin(costs, axis=0), tried))
+    return channels.with_exponents(params.scale, np.choose(np.argmin(costs, axis=0), tried))
 
 
-def _least_by_channel(tried: Iterable[QuantParams], sample: Sample) -> QuantParams:
-    """Return, of parameters with scales for each channel, the scale with the least cost in each."""
-    options = list(tried)
-    n = sample.values.shape[1]
-    best = np.argmin([sample.channel_cost(option) for option in options], axis=0)
-    scales = np.choose(best, [option.channel_steps(n) for option in options])
-    return replace(options[0], scale=float(scales.max()), channel_scales=scales.tolist())
+def _refined(params: QuantParams, channels: _Channels, sample: Sample) -> QuantParams:
+    """Return parameters with other steps in the costliest channels, as long as all errors together cost less.
+
+    A channel's cost by the weights is that of small errors. Clipping the one outlier of a row is none: it changes the
+    row's deviation, and so all of its outputs.
+    """
+    if sample.joint_cost is None:
+        return params
+    cost, costs = sample.joint_cost(params), sample.channel_cost(params)
+    costly = [channel for channel in np.argsort(-costs)[:_REFINED].tolist() if costs[channel] > _COSTLY * costs.sum()]
+    for channel in costly:
+        for direction in (-1, 1):
+            while (tried := channels.moved(params, channel, direction)) is not None:
+                found = sample.joint_cost(tried)
+                if not found < cost:
+                    break
+                params, cost = tried, found
+    return params
 
 
 def observed_range(seen: TensorObserver, side: SideOptions) -> tuple[Floats, Floats]:
@@ -128,56 +248,42 @@ def observed_range(seen: TensorObserver, side: SideOptions) -> tuple[Floats, Flo
     return seen.ranges.low, seen.ranges.high
 
 
-def candidates(side: SideOptions, low: Floats, high: Floats, *, smallest_scale: float = 0.0) -> Iterator[QuantParams]:
+def candidates(
+    side: SideOptions, low: Floats, high: Floats, medians: Floats | None = None, *, smallest_scale: float = 0.0
+) -> Iterator[QuantParams]:
     """Yield parameters to choose from, the widest first.
 
     Without exponents there is one for each range tried. Asymmetric ones have their zero point where the range, 0
     included, has it. With exponents, each channel has the smallest that holds its range at the base scale. With a scale
-    for each channel, all shrink alike.
+    for each channel, all shrink alike. Zero points are the channels' own then.
 
     Parameters
     ----------
     side : SideOptions
     low, high : ndarray of shape (n,)
         The range of each channel, or of the tensor.
+    medians : ndarray of shape (n,), optional
+        What a channel's codes lie around where they don't hold its range; by default its middle.
     smallest_scale : float
         Bound of the scale from below.
     """
-    dtype, lo = side.dtype, side.dtype.lo + side.narrow_range
-    shrink = _SHRINK * _STEPS if side.method in (Method.MSE, Method.ENTROPY) else 0
-    middle = (dtype.lo + dtype.hi + 1) // 2
-    if not side.by_channel:
-        bottom, top = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
-        if side.symmetric:
-            width, zero_point = max(-bottom, top) / (dtype.hi - middle), middle
-        else:
-            width, zero_point = (top - bottom) / (dtype.hi - lo), 0
-            if top > bottom:
-                zero_point = round((lo * top - dtype.hi * bottom) / (top - bottom))
-        for step in range(shrink + 1):
-            scale = float32_scale(width * 2.0 ** (-step / _STEPS), smallest_scale)
-            yield QuantParams(dtype, scale, min(max(zero_point, lo), dtype.hi), narrow_range=side.narrow_range)
+    if side.by_channel:
+        around = (low + high) / 2 if medians is None else medians
+        yield from _Channels(side, low, high, around, smallest_scale).candidates()
         return
-    zero_points = [middle]
-    if not side.symmetric:
-        zero_points = [dtype.lo + round(share * (dtype.hi - dtype.lo + 1)) for share in _ZERO_POINTS]
-    for zero_point in zero_points:
-        # codes on each side of the zero point; at the middle, as many on both
-        above = dtype.hi - zero_point
-        below = above if zero_point == middle else zero_point - lo
-        step_of_one = np.maximum(np.maximum(high, 0) / above, np.maximum(-low, 0) / below)
-        widest = float(step_of_one.max())
-        if side.per_channel:
-            for step in range(shrink + 1):
-                scales = [float32_scale(wanted, smallest_scale) for wanted in step_of_one * 2.0 ** (-step / _STEPS)]
-                yield QuantParams(dtype, max(scales), zero_point, channel_scales=scales, narrow_range=side.narrow_range)
-            continue
-        for step in range(_STEPS - 1, -shrink - 1, -1):
-            scale = float32_scale(widest * 2.0 ** (step / _STEPS - side.exponents), smallest_scale)
-            with np.errstate(divide="ignore"):
-                needed = np.ceil(np.log2(step_of_one / scale) - 1e-6)  # float32 scales are rounded up
-            exponents = np.clip(needed, 0, side.exponents).astype(np.int64)
-            yield QuantParams(dtype, scale, zero_point, exponents, narrow_range=side.narrow_range)
+    shrink = _SHRINK * _STEPS if side.method in (Method.MSE, Method.ENTROPY) else 0
+    bottom, top = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
+    if side.symmetric:
+        width, zero_point = max(-bottom, top) / (side.hi - side.middle), side.middle
+    else:
+        width, zero_point = (top - bottom) / (side.hi - side.lo), 0
+        if top > bottom:
+            zero_point = round((side.lo * top - side.hi * bottom) / (top - bottom))
+    for step in range(shrink + 1):
+        scale = float32_scale(width * 2.0 ** (-step / _STEPS), smallest_scale)
+        yield QuantParams(
+            side.dtype, scale, min(max(zero_point, side.lo), side.hi), narrow_range=side.narrow_range
+        )  # fmt: skip
 
 
 def least(params: Iterable[QuantParams], error: Error) -> QuantParams:
@@ -199,7 +305,8 @@ def divergence(params: QuantParams, values: Floats) -> float:
     values : ndarray of shape (rows, n)
     """
     lo, hi = params.lo, params.hi
-    codes = values / params.channel_steps(values.shape[1]) + (params.zero_point - lo + 0.5)
+    n = values.shape[1]
+    codes = values / params.channel_steps(n) + (params.channel_zeros(n) - lo + 0.5)
     bins = (hi - lo + 1) * _BINS_PER_CODE
     # the first and the last bin are for what is clipped
     places = np.clip(np.floor(codes * _BINS_PER_CODE), -1, bins) + 1

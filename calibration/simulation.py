@@ -119,7 +119,7 @@ class _SideInputs:
         self._shape = [1] * -layer.axes[0]
         for axis, size in zip(layer.axes, layer.normalized_shape, strict=True):
             self._shape[axis] = size
-        shapes = {"step": ir.Shape(self._shape), "low": ir.Shape(()), "high": ir.Shape(())}
+        shapes = dict.fromkeys(("step", "low", "high"), ir.Shape(self._shape))
         self.values = [
             ir.Value(name=f"{name}/{part}", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
             for part, shape in shapes.items()
@@ -130,19 +130,19 @@ class _SideInputs:
         op, (step, low, high) = tape.op, self.values
         if dtype not in (None, ir.DataType.FLOAT):
             x = op("Cast", [x], {"to": ir.DataType.FLOAT})
-        codes = op("Clip", [op("Round", [op("Div", [x, step])]), low, high])
+        codes = op("Min", [op("Max", [op("Round", [op("Div", [x, step])]), low]), high])
         y = op("Mul", [codes, step])
         return y if dtype in (None, ir.DataType.FLOAT) else op("Cast", [y], {"to": dtype})
 
     def arrays(self, params: QuantParams | None) -> dict[str, npt.NDArray[np.float32]]:
         """Return what to feed for quantization parameters."""
         if params is None:
-            steps, low, high = np.full(self._n, _UNQUANTIZED_STEP), -_UNQUANTIZED_CODE, _UNQUANTIZED_CODE
+            values = [np.full(self._n, each) for each in (_UNQUANTIZED_STEP, -_UNQUANTIZED_CODE, _UNQUANTIZED_CODE)]
         else:
-            steps = params.channel_steps(self._n)
-            low, high = float(params.lo - params.zero_point), float(params.hi - params.zero_point)
-        arrays = (steps.astype(np.float32).reshape(self._shape), np.float32(low), np.float32(high))
-        return {value.name or "": np.asarray(array) for value, array in zip(self.values, arrays, strict=True)}
+            zeros = params.channel_zeros(self._n)
+            values = [params.channel_steps(self._n), params.lo - zeros, params.hi - zeros]
+        arrays = [each.astype(np.float32).reshape(self._shape) for each in values]
+        return {value.name or "": array for value, array in zip(self.values, arrays, strict=True)}
 
 
 def _quantize_input(norm: Norm, side: _SideInputs) -> ir.Node:

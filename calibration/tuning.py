@@ -112,8 +112,16 @@ def _downhill(objective: ModelObjective, side: Side, params: QuantParams, noise:
 
 
 def _capped(params: QuantParams) -> QuantParams | None:
-    """Return half the step in the channels with the largest exponent, None where that is not one of several."""
+    """Return half the step in the channels with the largest exponent, None where that is not one of several.
+
+    What is clipped there is the longer side of zero: the shorter one keeps its reach, as far as half of the codes do.
+    """
     if params.exponents is None or len(set(params.exponents)) == 1:
         return None
-    capped = np.minimum(params.exponents, max(params.exponents) - 1).tolist()
-    return replace(params, exponents=capped)
+    exponents = np.array(params.exponents)
+    capped = np.minimum(exponents, exponents.max() - 1)
+    zeros, middle = params.channel_zeros(len(capped)), (params.dtype.lo + params.dtype.hi + 1) // 2
+    below, above = np.minimum(2 * zeros - params.lo, middle), np.maximum(2 * zeros - params.hi, middle)
+    moved = np.where(zeros < middle, below, np.where(zeros > middle, above, middle))
+    zeros = np.where(capped < exponents, moved, zeros)
+    return replace(params, exponents=tuple(capped.tolist()), zero_point=tuple(zeros.tolist()))

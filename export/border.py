@@ -23,9 +23,10 @@ def quantize(tape: Tape, x: ir.Value, spec: LayerNormSpec, params: QuantParams, 
         x = op("Div", [x, constant(tape, _scales(spec, params))])
     dtype, scale = params.dtype.numpy, constant(tape, _shared_scale(params))
     whole = (params.lo, params.hi) == (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    whole = whole and isinstance(params.zero_point, int)
     if whole and opset >= (13 if dtype.itemsize == 1 else 21):  # the first opset whose QuantizeLinear has the type
         return op("QuantizeLinear", [x, scale, constant(tape, dtype.type(params.zero_point))])
-    x = op("Add", [op("Round", [op("Div", [x, scale])]), constant(tape, np.float32(params.zero_point))])
+    x = op("Add", [op("Round", [op("Div", [x, scale])]), constant(tape, _zeros(spec, params))])
     low, high = (constant(tape, np.float32(end)) for end in (params.lo, params.hi))
     return op("Cast", [op("Clip", [x, low, high])], {"to": ir.DataType.from_numpy(dtype)})
 
@@ -37,11 +38,11 @@ def dequantize(
     op = tape.op
     scale = constant(tape, _shared_scale(params))
     # the first opset whose DequantizeLinear has the type, and for 8 bits the first that ONNX's own reference runs
-    if opset >= (19 if params.dtype.numpy.itemsize == 1 else 21):
+    if opset >= (19 if params.dtype.numpy.itemsize == 1 else 21) and isinstance(params.zero_point, int):
         y = op("DequantizeLinear", [q, scale, constant(tape, params.dtype.numpy.type(params.zero_point))])
     else:
         y = op("Cast", [q], {"to": ir.DataType.FLOAT})
-        y = op("Mul", [op("Sub", [y, constant(tape, np.float32(params.zero_point))]), scale])
+        y = op("Mul", [op("Sub", [y, constant(tape, _zeros(spec, params))]), scale])
     if params.exponents is not None:
         y = op("Mul", [y, constant(tape, _powers(spec, params, 1))])
     if params.channel_scales is not None:
@@ -52,6 +53,12 @@ def dequantize(
 def _shared_scale(params: QuantParams) -> np.float32:
     """Return the scale of all channels, 1 where each has its own."""
     return np.float32(params.scale if params.channel_scales is None else 1)
+
+
+def _zeros(spec: LayerNormSpec, params: QuantParams) -> npt.NDArray[np.float32]:
+    """Return the zero point of all channels, or those of the channels."""
+    zeros = np.asarray(params.zero_point, dtype=np.float32)
+    return zeros.reshape(_broadcast(spec)) if zeros.ndim else zeros
 
 
 def _scales(spec: LayerNormSpec, params: QuantParams) -> npt.NDArray[np.float32]:

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from ..axes import last_axes
 from ..errors import DataError
 from ..spec import LayerNormSpec
 from .standalone import to_onnx
@@ -130,7 +129,7 @@ def first_difference(
 
 def expected_stages(spec: LayerNormSpec, word: Word | str, codes: Sequence[Array]) -> dict[str, Array]:
     """Return every stage of rows of codes, and the output codes as `y`, by ONNX's reference operators."""
-    last = last_axes(len(spec.axes))  # rows have the normalized dimensions last
+    last = tuple(range(-len(spec.axes), 0))  # rows have the normalized dimensions last
     proto = to_onnx(dataclasses.replace(spec, axes=last), word=word)
     named = {output for node in proto.graph.node for output in node.output if LETTER.fullmatch(output)} - {"y"}
     proto.graph.output.extend(onnx.helper.make_value_info(name, onnx.TypeProto()) for name in sorted(named))

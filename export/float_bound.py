@@ -49,9 +49,10 @@ def beyond_quantizer(params: QuantParams, x: npt.NDArray[Any], got: npt.NDArray[
         Their codes.
     """
     code = x.astype(np.float64) / params.channel_steps(x.shape[1])
-    error = _gamma(8) * (np.abs(code) + abs(params.zero_point) + (params.hi - params.lo))
+    zeros = params.channel_zeros(x.shape[1])
+    error = _gamma(8) * (np.abs(code) + np.abs(zeros) + (params.hi - params.lo))
     with np.errstate(invalid="ignore"):  # an infinite value has its code, and any code may stand for a NaN
-        value = np.clip(code + params.zero_point, params.lo, params.hi)
+        value = np.clip(code + zeros, params.lo, params.hi)
         return np.asarray(np.abs(got - value) > 0.5 + error)
 
 
@@ -66,7 +67,7 @@ def float32_norm(spec: LayerNormSpec, codes: npt.NDArray[Any]) -> tuple[Rows, Ro
     codes : ndarray of shape (rows, n)
     """
     n = spec.n
-    x = (codes.astype(np.float64) - spec.input.zero_point) * spec.input.channel_steps(n)
+    x = (codes.astype(np.float64) - spec.input.channel_zeros(n)) * spec.input.channel_steps(n)
     gain, offset = np.asarray(spec.gamma), np.asarray(spec.beta)
     step = spec.output.channel_steps(n)
     size = np.abs(x)
@@ -95,7 +96,7 @@ def float32_norm(spec: LayerNormSpec, codes: npt.NDArray[Any]) -> tuple[Rows, Ro
         value = gain * h + offset
         bound = (affine + _gamma(5) * (np.abs(value) + affine)) / step * (1 + 2.0**-20)
     known = (square > _SMALLEST) & (squares < _LARGEST) & np.isfinite(bound)
-    return value / step + spec.output.zero_point, np.where(known, bound, np.inf)
+    return value / step + spec.output.channel_zeros(n), np.where(known, bound, np.inf)
 
 
 def _gamma(k: int) -> float:

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from ..axes import last_axes
 from ..errors import ModelError
 from ..proof import NormKind
 from ..quantization import QuantParams
@@ -63,7 +62,7 @@ def _norm(tape: Tape, spec: LayerNormSpec, x: ir.Value, opset: int) -> ir.Value:
     layernorm = spec.kind is NormKind.LAYERNORM
     op, axes, shape = tape.op, spec.axes, spec.normalized_shape
     gamma, beta = (np.asarray(values, dtype=np.float32).reshape(shape) for values in (spec.gamma, spec.beta))
-    last = axes == last_axes(len(axes)) and not spec.eps_outside
+    last = axes == tuple(range(-len(axes), 0)) and not spec.eps_outside
     if last and opset >= (17 if layernorm else 23):
         parameters = [_initializer(tape, gamma, "gamma")]
         if beta.any():
@@ -123,6 +122,6 @@ def _quantizer(
             "with --exponents 0"
         )
     scales = params.channel_steps(spec.n).astype(np.float32)
-    zero_points = np.full(spec.n, params.zero_point, dtype=params.dtype.numpy)
+    zero_points = params.channel_zeros(spec.n).astype(params.dtype.numpy)
     axis = spec.axes[0] + (rank or 0)  # counted from the front where that can be, as not all consumers take others
     return tape.op(operator, [x, constant(tape, scales), constant(tape, zero_points)], {"axis": axis})

@@ -47,7 +47,7 @@ def append(tape: Tape, spec: LayerNormSpec, operands: list[ir.Value]) -> tuple[i
     total: ir.Value | None = None
     multipliers = code_multipliers(spec.n, spec.operands, spec.adder)
     for codes, params, M in zip(operands, spec.operands, multipliers, strict=True):
-        offset = offset - params.zero_point * M
+        offset = offset - params.channel_zeros(spec.n) * M
         product = op("Mul", [op("Cast", [codes], {"to": unsigned}), _channels(tape, M, spec, unsigned)])
         total = product if total is None else op("Add", [total, product])
     assert total is not None
@@ -87,7 +87,7 @@ def _sum_codes(tape: Tape, spec: LayerNormSpec, u: ir.Value) -> ir.Value:
     # shifts beyond these give 0 as well, or are beyond the codes of 16 bits and a zero point as well
     right, left = (np.clip(shifts, 0, bits + 1), np.clip(-shifts, 0, _BEYOND + 1))
     half = np.left_shift(1, right) >> 1
-    value, zeros = u, np.full(spec.n, params.zero_point, dtype=np.int64)
+    value, zeros = u, params.channel_zeros(spec.n)
     if left.any():
         most = ((1 << _BEYOND) >> left) + 1
         value = op("Max", [value, _channels(tape, -most, spec, signed)])

@@ -74,10 +74,12 @@ class Layout:
         """Return the layout of a spec; raises ModelError if the word doesn't hold it."""
         if spec.m < 16:
             raise ModelError(f"the word int64 needs a root of at least 16 bits; the spec has m = {spec.m}")
-        exponents, zero_point = spec.input.channel_exponents(spec.n), _zero_point(spec)
+        exponents, zeros = spec.input.channel_exponents(spec.n), _zeros(spec)
         groups = max(exponents) // _GROUP + 1 if spec.input.exponents is not None else 0
-        largest = max(spec.input.hi - zero_point, zero_point - spec.input.lo)
-        if zero_point == spec.input.zero_point and not groups:  # the codes' bounds may be narrower than their type's
+        largest = max(spec.input.hi - int(zeros.min()), int(zeros.max()) - spec.input.lo)
+        if (
+            not groups and (zeros == spec.input.channel_zeros(spec.n)).all()
+        ):  # the codes' bounds may be narrower than their type's
             largest = min(largest, spec.row_stage.codes.largest)
         narrow = spec.lane < 64 and largest < 1 << 16 and (spec.n * largest) << max(exponents) < 1 << 31
         squares = UINT32 if narrow and (spec.n * largest**2) << (6 if groups else 0) < 1 << 32 else UINT64
@@ -92,9 +94,13 @@ class Layout:
         )
 
 
-def _zero_point(spec: LayerNormSpec) -> int:
-    """Return what is taken off the codes: in LayerNorm without exponents the zero point drops out."""
-    return spec.input.zero_point if spec.input.exponents is not None or spec.kind is NormKind.RMSNORM else 0
+def _zeros(spec: LayerNormSpec) -> npt.NDArray[np.int64]:
+    """Return what is taken off each channel's codes: in LayerNorm one zero point without exponents drops out."""
+    return spec.input.channel_zeros(spec.n) if _is_centred(spec) else np.zeros(spec.n, dtype=np.int64)
+
+
+def _is_centred(spec: LayerNormSpec) -> bool:
+    return spec.kind is NormKind.RMSNORM or spec.input.channels is not None
 
 
 def reached_fours(spec: LayerNormSpec) -> tuple[int, int]:
@@ -137,12 +143,14 @@ class Body:
         return 12
 
     def channels(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the channel inputs: G and B, and with channel exponents P = 2**e and the weights W of squares."""
+        """Return the channel inputs: G and B; zero points Z; with exponents P = 2**e and the weights W of squares."""
         spec = self.spec
         lane = np.int64 if self.layout.sums == UINT64 else np.int32
         values: dict[str, npt.NDArray[Any]] = {"G": np.array(spec.G, dtype=lane), "B": np.array(spec.B, dtype=lane)}
         if spec.A:
             values |= self._outer_epsilon()
+        if isinstance(spec.input.zero_point, tuple):
+            values["Z"] = spec.input.channel_zeros(spec.n).astype(self.layout.codes.numpy())
         if self.layout.groups:
             exponents = np.array(spec.input.channel_exponents(spec.n), dtype=np.int64)
             values["P"] = np.left_shift(1, exponents).astype(self.layout.codes.numpy())
@@ -168,8 +176,8 @@ class Body:
         """Append the nodes from the rows' input codes to their output codes, and return the latter."""
         w, op, lane = self.writer, self.writer.op, self.layout.lane
         v = w.cast(q, self.layout.codes)
-        if self.layout.groups or self.layout.kind is NormKind.RMSNORM:
-            v = self._centre(v)
+        if _is_centred(self.spec):
+            v = self._centre(v, channels)
         u = op("Mul", v, channels["P"]) if self.layout.groups else v  # (0)
         S, Q = self._sums(u, v, channels)
         self.stages |= {"u": u, "Q": Q} if S is Q else {"u": u, "S": S, "Q": Q}
@@ -205,7 +213,9 @@ class Body:
         # else 2**above is a multiple of what the type holds: the low bits are the code
         return w.cast(y, self.output)
 
-    def _centre(self, v: Operand) -> Operand:
+    def _centre(self, v: Operand, channels: Mapping[str, Operand]) -> Operand:
+        if "Z" in channels:
+            return self.writer.op("Sub", v, channels["Z"])
         zero = self.writer.attribute("zero_point", self.layout.codes)
         known = isinstance(zero, np.ndarray) and not zero.any()
         return v if known else self.writer.op("Sub", v, zero)

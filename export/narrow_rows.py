@@ -60,10 +60,13 @@ class Rows:
         self._most = codes.v0_max // n + n // 4 + 1
         self._centred = self._spec.kind is NormKind.LAYERNORM and max(self._most, codes.spread**2) < LIMIT
         # where the zero point drops out, the squares are smallest without it or with the middle
-        self._zero_point = params.zero_point
-        if params.exponents is None and self._spec.kind is NormKind.LAYERNORM:
-            self._zero_point = 0 if self._centred else (params.lo + params.hi + 1) // 2
-        self._low, self._high = params.lo - self._zero_point, params.hi - self._zero_point
+        zeros = params.channel_zeros(n)
+        if params.channels is None and self._spec.kind is NormKind.LAYERNORM:
+            zeros = np.full(n, 0 if self._centred else (params.lo + params.hi + 1) // 2)
+        self._zeros = zeros
+        self._low, self._high = params.lo - int(zeros.max()), params.hi - int(zeros.min())
+        if isinstance(params.zero_point, tuple):
+            self.channels["Z"] = zeros
         self._sum_of_powers = int(np.left_shift(1, exponents).sum())
         if params.exponents is not None:
             self.channels["P"] = np.left_shift(1, exponents)
@@ -104,9 +107,11 @@ class Rows:
         arithmetic, op = self._arithmetic, self._arithmetic.writer.op
         same = isinstance(q, ir.Value) and q.dtype == arithmetic.dtype
         v = q if same else arithmetic.writer.cast(q, arithmetic.dtype)
-        if self._zero_point:
-            name = "zero_point" if self._zero_point == self._spec.input.zero_point else "middle"
-            v = op("Sub", v, arithmetic.param(name, self._zero_point).value)
+        if "Z" in channels:
+            v = op("Sub", v, channels["Z"])
+        elif zero_point := int(self._zeros[0]):
+            name = "zero_point" if zero_point == self._spec.input.zero_point else "middle"
+            v = op("Sub", v, arithmetic.param(name, zero_point).value)
         number = arithmetic.bounded(v, self._low, self._high)
         if "P" not in channels:
             return number, number

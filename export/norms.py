@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..axes import last_axes
 from ..errors import ModelError
 from ..exposure import CONTROL_FLOW
 from ..layer import LayerNorm, RMSNorm
@@ -166,7 +165,7 @@ def _norm(node: ir.Node, name: str) -> Norm:
 
 
 def _decomposed(region: Decomposed, name: str, *, inside: bool) -> Norm:
-    last = region.axes == last_axes(len(region.axes))
+    last = region.axes == tuple(range(-len(region.axes), 0))
     blocker: str | None = None
     if region.used_elsewhere is not None:
         blocker = f"its inner value {region.used_elsewhere!r} is used elsewhere"

@@ -242,15 +242,18 @@ def _params(node: ir.Node, norm: Norm, rank: int | None) -> QuantParams | None:
         return None
     codes = node.inputs[0] if node.op_type == DEQUANTIZE else node.outputs[0]
     known = zeros.dtype if zeros is not None else codes.dtype.numpy() if codes and codes.dtype else codes_type(node)
-    if zeros is not None and np.unique(zeros).size != 1:
-        return None  # channels may differ in their scales only
-    zero_point = int(zeros.flat[0]) if zeros is not None else 0
+    axis = node.attributes.get_int("axis", 1)
+    zeros = np.zeros((), dtype=np.int64) if zeros is None else zeros
+    zero_points = _channels(zeros, axis, norm, rank) if zeros.size > 1 else zeros
+    if zero_points is None or zero_points.size == 0:
+        return None
+    zero_point = zero_points.astype(np.int64) if zero_points.size > 1 else int(zero_points.flat[0])
     scales = scale.astype(np.float64)
     try:
         dtype = DType.parse(known)
         if scales.size == 1:
             return QuantParams(dtype, float(scales.item()), zero_point)
-        channels = _channels(scales, node.attributes.get_int("axis", 1), norm, rank)
+        channels = _channels(scales, axis, norm, rank)
         if channels is None:
             return None
         exponents = _exponents(channels)
@@ -261,16 +264,14 @@ def _params(node: ir.Node, norm: Norm, rank: int | None) -> QuantParams | None:
         return None
 
 
-def _channels(
-    scales: npt.NDArray[np.float64], axis: int, norm: Norm, rank: int | None
-) -> npt.NDArray[np.float64] | None:
-    """Return the scale of each element of the normalized dimensions, None where the axis is none of them."""
+def _channels(values: npt.NDArray[Any], axis: int, norm: Norm, rank: int | None) -> npt.NDArray[Any] | None:
+    """Return what each element of the normalized dimensions has, None where the axis is none of them."""
     if axis >= 0 and rank is None:
         return None
     from_end = axis if axis < 0 else axis - (rank or 0)
-    if scales.ndim != 1 or from_end not in norm.axes:
+    if values.ndim != 1 or from_end not in norm.axes:
         return None
-    along = scales.reshape([-1 if own == from_end else 1 for own in norm.axes])
+    along = values.reshape([-1 if own == from_end else 1 for own in norm.axes])
     try:
         return np.broadcast_to(along, norm.normalized_shape).reshape(-1)
     except ValueError:

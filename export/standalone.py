@@ -11,7 +11,7 @@ from onnx_ir.tape import Tape
 from .._version import __version__
 from ..errors import ModelError
 from ..quantization import DType, QuantParams
-from ..spec import LayerNormSpec, check_spec
+from ..spec import LayerNormSpec
 from . import subgraph
 from .subgraph import Form, Word, Writing
 
@@ -54,7 +54,6 @@ def to_onnx(
         If the word doesn't hold the spec, there are fewer dimensions than the axes of the spec need, or an option is
         unknown.
     """
-    check_spec(spec)
     writing = Writing.of(form, word, opset)
     if writing.form is Form.QDQ:
         raise ModelError("a norm by itself has no form qdq: it is for norms of a model, with `quantize_model`")

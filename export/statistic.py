@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..axes import last_axes
 from ..proof import NormKind
 from .evaluation import Array
 
@@ -69,4 +68,5 @@ class Statistic:
 
     def rows(self, x: Array) -> Array:
         """Return x as a matrix, the normalized axes last."""
-        return np.moveaxis(x, self.axes, last_axes(len(self.axes))).reshape(-1, self.count(x))
+        last = range(-len(self.axes), 0)
+        return np.moveaxis(x, self.axes, last).reshape(-1, self.count(x))

@@ -15,7 +15,6 @@ from enum import StrEnum
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from ..axes import last_axes
 from ..errors import ModelError
 from ..proof import NormKind
 from ..spec import LayerNormSpec
@@ -112,7 +111,7 @@ def append(
     ModelError
         If the word doesn't hold the spec, or the opset doesn't have its operators.
     """
-    last = last_axes(len(spec.axes))
+    last = tuple(range(-len(spec.axes), 0))
     if spec.axes == last:
         return _append(tape, spec, operands, writing, rank, name, output)
     if rank is None:
@@ -175,8 +174,9 @@ def add_functions(model: ir.Model, functions: Mapping[str, ir.Function]) -> None
 
 def attributes(spec: LayerNormSpec) -> dict[str, int | float]:
     """Return the attributes that every function node has: every integer of the spec that is not one a channel."""
+    shared = spec.input.zero_point if isinstance(spec.input.zero_point, int) else 0
     return {
-        "n": spec.n, "zero_point": spec.input.zero_point, "h": spec.h, "E": spec.E, "m": spec.m, "K": spec.K,
+        "n": spec.n, "zero_point": shared, "h": spec.h, "E": spec.E, "m": spec.m, "K": spec.K,
         "s1": spec.s1, "s2": spec.s2, "y_low": spec.output.lo, "y_high": spec.output.hi,
     }  # fmt: skip
 

@@ -111,8 +111,9 @@ def code_ends(n: int, operands: Sequence[QuantParams], adder: Adder | None) -> t
     half, shift = (adder.half, adder.shift) if adder is not None else (0, 0)
     low, high = np.full(n, half, dtype=np.int64), np.full(n, half, dtype=np.int64)
     for params, M in zip(operands, code_multipliers(n, operands, adder), strict=True):
-        low += (params.lo - params.zero_point) * M
-        high += (params.hi - params.zero_point) * M
+        zeros = params.channel_zeros(n)
+        low += (params.lo - zeros) * M
+        high += (params.hi - zeros) * M
     return low >> shift, high >> shift
 
 
@@ -192,4 +193,5 @@ def _multipliers(worths: Rationals, shift: int) -> tuple[int, ...]:
 
 def _reach(params: QuantParams) -> int:
     """Return the largest distance of a code from the zero point."""
-    return max(params.hi - params.zero_point, params.zero_point - params.lo)
+    zeros = np.asarray(params.zero_point)
+    return max(params.hi - int(zeros.min()), int(zeros.max()) - params.lo)

@@ -24,7 +24,7 @@ def parse_axes(axes: int | Sequence[int] | None, normalized_shape: Shape) -> Sha
         If they are not as many different negative integers, in ascending order, as `normalized_shape` has sizes.
     """
     if axes is None:
-        return last_axes(len(normalized_shape))
+        return tuple(range(-len(normalized_shape), 0))
     given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
     valid = all(isinstance(axis, int | np.integer) and not isinstance(axis, bool) and axis < 0 for axis in given)
     if not valid or list(given) != sorted(set(given)) or len(given) != len(normalized_shape):
@@ -35,15 +35,10 @@ def parse_axes(axes: int | Sequence[int] | None, normalized_shape: Shape) -> Sha
     return tuple(int(axis) for axis in given)
 
 
-def last_axes(count: int) -> Shape:
-    """Return the last axes, as many as asked for."""
-    return tuple(range(-count, 0))
-
-
 def check_shape(shape: Shape, normalized_shape: Shape, axes: Shape) -> None:
     """Raise InputError unless an array of this shape can be normalized."""
     if len(shape) < -axes[0] or tuple(shape[axis] for axis in axes) != normalized_shape:
-        last = axes == last_axes(len(axes))
+        last = axes == tuple(range(-len(axes), 0))
         place = "the last dimensions" if last else f"the dimensions {', '.join(map(str, axes))}"
         raise InputError(f"an array of shape {shape} was given; {place} must be {normalized_shape}")
 
@@ -57,7 +52,7 @@ def to_rows(array: npt.NDArray[Any], normalized_shape: Shape, axes: Shape) -> np
         If the array has another size in one of the axes.
     """
     check_shape(array.shape, normalized_shape, axes)
-    moved = np.moveaxis(array, axes, last_axes(len(axes)))
+    moved = np.moveaxis(array, axes, range(-len(axes), 0))
     return moved.reshape(-1, math.prod(normalized_shape))
 
 
@@ -66,7 +61,7 @@ def from_rows(rows: npt.NDArray[Any], shape: Shape, axes: Shape) -> npt.NDArray[
     normalized = {axis + len(shape) for axis in axes}
     leading = [size for axis, size in enumerate(shape) if axis not in normalized]
     moved = rows.reshape(*leading, *(shape[axis] for axis in axes))
-    return np.moveaxis(moved, last_axes(len(axes)), axes)
+    return np.moveaxis(moved, range(-len(axes), 0), axes)
 
 
 def stacked(rows: npt.NDArray[Any], normalized_shape: Shape, axes: Shape) -> npt.NDArray[Any]:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arguments import adder_arguments, column_arguments, kernel_arguments, type_ends
-from .axes import from_rows, last_axes, long_rows, same_place, to_rows
+from .arguments import adder_arguments, column_arguments, has_input_stage, kernel_arguments, type_ends
+from .axes import from_rows, long_rows, same_place, to_rows
 from .errors import CodeTypeError, InputError
 from .quantization import QuantParams
 from .reference import check_operands
-from .spec import LayerNormSpec, check_spec
+from .spec import LayerNormSpec
 from .threads import TEAM, available_cores, share
 
 #: A thread takes at least this many elements by default: two threads then gain 1.25 times and more where calls follow
@@ -49,20 +49,22 @@ class FxpLayerNorm:
     """
 
     def __init__(self, spec: LayerNormSpec, threads: int | None = None) -> None:
-        check_spec(spec)
         self.spec = spec
         self.threads = _check_threads(threads)
         self._n = spec.n
         self._shape = spec.normalized_shape
         self._in_dtype = spec.input.dtype.numpy
         self._out_dtype = spec.output.dtype.numpy
-        last = spec.axes == last_axes(len(spec.axes))
-        self._simple = last and spec.adder is None and (spec.input.lo, spec.input.hi) == type_ends(self._in_dtype)
+        last = spec.axes == tuple(range(-len(spec.axes), 0))
+        self._simple = (
+            last and not has_input_stage(spec) and (spec.input.lo, spec.input.hi) == type_ends(self._in_dtype)
+        )
         self._last = last
         self._arguments = kernel_arguments(spec)
         together = len(spec.axes) == spec.axes[-1] - spec.axes[0] + 1
-        self._columns = column_arguments(spec, self._arguments) if together and not last and not spec.adder else ()
-        self._adder = None if spec.adder is None else adder_arguments(spec)
+        across = together and not last and not has_input_stage(spec)
+        self._columns = column_arguments(spec, self._arguments) if across else ()
+        self._adder = adder_arguments(spec) if has_input_stage(spec) else None
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -194,7 +196,7 @@ class FxpLayerNorm:
     def _run_blocks(self, operands: list[_Array], results: list[_Array], threads: int | None) -> None:
         """Compute arrays of any layout, by copies of a few rows."""
         axes, n = self.spec.axes, self._n
-        last = last_axes(len(axes))
+        last = range(-len(axes), 0)
         inputs, outputs = ([np.moveaxis(array, axes, last) for array in arrays] for arrays in (operands, results))
         leading = inputs[0].shape[: -len(axes)]
         if not inputs[0].size:

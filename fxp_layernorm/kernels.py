@@ -461,7 +461,7 @@ def _sums(counter, block, q, out, residual, sums, adder, coder, arguments):
 
 
 @_called
-def add(q, residual, out, M, N, zero_points, shift):
+def add(q, residual, out, M, N, zeros, other_zeros, shift):
     """Compute the integers u of two operands, or of one where `residual` is None (equation 0), in the type of M.
 
     The operands' rows may be longer than those of `out`, as in `run`.
@@ -469,18 +469,17 @@ def add(q, residual, out, M, N, zero_points, shift):
     vectors.widest()
     rows, n = out.shape
     wide = M.dtype.type
-    first, second = wide(zero_points[0]), wide(zero_points[1])
     half, shift = wide((np.int64(1) << shift) >> 1), wide(shift)
     for i in range(rows):
         for k in range(n):
-            total = np.add(np.multiply(np.subtract(wide(q[i, k]), first), M[k]), half)
+            total = np.add(np.multiply(np.subtract(wide(q[i, k]), zeros[k]), M[k]), half)
             if residual is not None:
-                total = np.add(total, np.multiply(np.subtract(wide(residual[i, k]), second), N[k]))
+                total = np.add(total, np.multiply(np.subtract(wide(residual[i, k]), other_zeros[k]), N[k]))
             out[i, k] = np.int32(np.right_shift(total, shift))
 
 
 @_called
-def sum_codes(u, out, shifts, zero_point, lo, hi):
+def sum_codes(u, out, shifts, zeros, lo, hi):
     """Compute the codes of the sum (equation 31); negative shifts go to the left."""
     vectors.widest()
     rows, n = u.shape
@@ -488,7 +487,7 @@ def sum_codes(u, out, shifts, zero_point, lo, hi):
         for k in range(n):
             right, left = max(shifts[k], 0), max(-shifts[k], 0)
             rounded = ((np.int64(u[i, k]) << left) + ((np.int64(1) << right) >> 1)) >> right
-            out[i, k] = out.dtype.type(min(max(rounded + zero_point, lo), hi))
+            out[i, k] = out.dtype.type(min(max(rounded + zeros[k], lo), hi))
 
 
 @_jit()

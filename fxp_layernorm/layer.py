@@ -197,9 +197,3 @@ def _check_module(cls: type, module: Any, *attributes: str) -> None:
 
 def _torch_array(parameter: Any) -> npt.NDArray[np.float64] | None:
     return None if parameter is None else np.array(parameter.detach().double().cpu().numpy())
-
-
-def check_layer(layer: object) -> None:
-    """Raise InputError unless it is a layer."""
-    if not isinstance(layer, LayerNorm | RMSNorm):
-        raise InputError(f"the layer is {layer!r}; it must be a LayerNorm or an RMSNorm, such as from_torch returns")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import numbers
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
@@ -14,7 +12,7 @@ from . import proof
 from .adder import code_ends, is_needed, plan_adder
 from .errors import InputError, PlanError
 from .hardware import Hardware
-from .layer import LayerNorm, RMSNorm, check_layer
+from .layer import LayerNorm, RMSNorm
 from .proof import CodeBounds, NormKind, RowStage
 from .quantization import QuantParams
 from .spec import LayerNormSpec
@@ -67,7 +65,6 @@ def plan(
     InputError
         If gamma or beta is not finite or has another shape, or the parameters don't fit the layer.
     """
-    check_layer(layer)
     limits = Hardware.parse(hardware)
     sides = {"input": input, "output": output, "residual": residual, "sum_output": sum_output}
     for name, params in sides.items():
@@ -76,7 +73,7 @@ def plan(
         if not isinstance(params, QuantParams):
             raise InputError(f"{name} is {params!r}; it must be a QuantParams")
         if params.channels not in (None, layer.n):
-            kind = "scales" if params.channel_scales else "channel exponents"
+            kind = "scales" if params.channel_scales else "channel exponents" if params.exponents else "zero points"
             raise InputError(f"{name} has {params.channels} {kind}; the layer normalizes {layer.n}")
         if params.dtype.bits > 16 and name in ("output", "sum_output"):
             raise InputError(f"{name} is {params.dtype}; outputs have at most 16 bits")
@@ -90,11 +87,7 @@ def plan(
         if lane not in limits.lanes:
             raise PlanError(f"the hardware has no lane of {lane} bits; it has {', '.join(map(str, limits.lanes))}")
         limits = replace(limits, lanes=(int(lane),))
-    limit = MAX_EXCESS[8 if output.dtype.bits <= 8 else 16]
-    if max_excess is not None:
-        if not isinstance(max_excess, numbers.Real) or isinstance(max_excess, bool) or not max_excess >= 0:
-            raise InputError(f"max_excess is {max_excess!r}; it must be a number of LSB that is not negative")
-        limit = max_excess
+    limit = max_excess if max_excess is not None else MAX_EXCESS[8 if output.dtype.bits <= 8 else 16]
     planned: list[LayerNormSpec] = []
     refusals: list[PlanError] = []
     for candidate, short in _candidates(limits, output, hardware is None):
@@ -180,12 +173,6 @@ class _Problem:
     sum_output: QuantParams | None
     hardware: Hardware
 
-    @functools.cached_property
-    def _parameters(self) -> tuple[tuple[float, ...], tuple[float, ...], proof.Rationals, proof.Rationals]:
-        """Gamma and beta, and both in output LSB: a second for a million channels, and the same in all lanes."""
-        gamma, beta = tuple(self.layer.gamma.tolist()), tuple(self.layer.beta.tolist())
-        return gamma, beta, proof.output_gain(gamma, self.output), proof.output_offset(beta, self.output)
-
     def plan(self, lane: int, short: bool) -> list[LayerNormSpec]:
         """Return the spec with the least expected error in a lane, of all or of those with short factors.
 
@@ -194,6 +181,7 @@ class _Problem:
         layer, output, hardware = self.layer, self.output, self.hardware
         n = layer.n
         kind = NormKind.RMSNORM if isinstance(layer, RMSNorm) else NormKind.LAYERNORM
+        gamma, beta = tuple(layer.gamma.tolist()), tuple(layer.beta.tolist())
         m = hardware.root or proof.ROOT_BITS[lane]
         accumulator = min(hardware.accumulator or proof.ACCUMULATOR_BITS[lane], 63)
         operands = (self.input,) if self.residual is None else (self.input, self.residual)
@@ -202,7 +190,7 @@ class _Problem:
         codes = CodeBounds.of(kind, *code_ends(n, operands, adder))
         scale = adder.scale if adder is not None else self.input.scale
         h, E, A, l = _epsilon(layer, codes, scale, m, hardware.radicand)
-        gamma, beta, gain, offset = self._parameters
+        gain, offset = proof.output_gain(gamma, output), proof.output_offset(beta, output)
         gain_float, offset_float = gain.to_float(), offset.to_float()
 
         unclamped = hardware.unclamped if short else None

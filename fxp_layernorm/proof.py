@@ -207,9 +207,9 @@ class Rationals:
         )
         return cls(numerators, (common * scale.numerator) << highest)
 
-    def plus(self, integer: int) -> Rationals:
+    def plus(self, integers: npt.NDArray[np.int64]) -> Rationals:
         """Return the values with an integer added to each."""
-        return Rationals(self.numerators + integer * self.denominator, self.denominator)
+        return Rationals(self.numerators + _objects(integers.tolist()) * self.denominator, self.denominator)
 
     def to_float(self) -> Floats:
         """Return the nearest float64 values."""
@@ -250,7 +250,7 @@ def output_gain(gamma: tuple[float, ...], params: QuantParams) -> Rationals:
 
 def output_offset(beta: tuple[float, ...], params: QuantParams) -> Rationals:
     """Return beta_c / s_out_c + z_out for each channel."""
-    return Rationals.in_lsb(beta, params).plus(params.zero_point)
+    return Rationals.in_lsb(beta, params).plus(params.channel_zeros(len(beta)))
 
 
 def stage_terms(

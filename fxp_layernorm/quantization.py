@@ -115,7 +115,7 @@ class DType(StrEnum):
 
 @dataclass(frozen=True, init=False)
 class QuantParams:
-    """Affine quantization of one tensor: ``value = scale * 2**exponent[c] * (code - zero_point)``.
+    """Affine quantization of one tensor: ``value = scale * 2**exponent[c] * (code - zero_point[c])``.
 
     Parameters
     ----------
@@ -123,8 +123,9 @@ class QuantParams:
         Type of the codes.
     scale : float
         Step of the tensor, in real units per LSB; a normal float32 number.
-    zero_point : int
-        The code of the real value 0.
+    zero_point : int or sequence of int
+        The code of the real value 0: one for the tensor, or one a channel. One for the tensor is kept where all
+        channels have the same.
     exponents : sequence of int, optional
         One exponent in [0, 15] a channel, where the channels are the elements of a normalized row, in C order.
         None means that all are 0, which is one scale for the tensor.
@@ -143,7 +144,7 @@ class QuantParams:
 
     dtype: DType
     scale: float
-    zero_point: int
+    zero_point: int | tuple[int, ...]
     exponents: tuple[int, ...] | None
     channel_scales: tuple[float, ...] | None
     narrow_range: bool
@@ -152,7 +153,7 @@ class QuantParams:
         self,
         dtype: DType | str,
         scale: float,
-        zero_point: int = 0,
+        zero_point: int | Sequence[int] | npt.NDArray[np.integer[Any]] = 0,
         exponents: Sequence[int] | npt.NDArray[np.integer[Any]] | None = None,
         channel_scales: Sequence[float] | npt.NDArray[np.floating[Any]] | None = None,
         narrow_range: bool = False,
@@ -160,7 +161,11 @@ class QuantParams:
         set_field = object.__setattr__
         set_field(self, "dtype", dtype)
         set_field(self, "scale", scale)
-        set_field(self, "zero_point", zero_point)
+        # an array of no dimensions is a number
+        several = (
+            isinstance(zero_point, Iterable) and not isinstance(zero_point, str) and getattr(zero_point, "ndim", 1) > 0
+        )
+        set_field(self, "zero_point", tuple(zero_point) if several else zero_point)  # type: ignore[arg-type]
         for name, values in (("exponents", exponents), ("channel_scales", channel_scales)):
             if values is not None and not isinstance(values, Iterable):
                 raise InputError(f"the {name} are {values!r}; they must be numbers, one a channel")
@@ -175,9 +180,15 @@ class QuantParams:
         if not isinstance(self.narrow_range, bool):
             raise InputError(f"narrow_range is {self.narrow_range!r}; it must be true or false")
         scale = _scale(self.scale)
-        zero_point = _integer(self.zero_point)
-        if zero_point is None or not self.lo <= zero_point <= self.hi:
-            raise InputError(f"the zero point is {self.zero_point!r}; {dtype} codes go from {self.lo} to {self.hi}")
+        zero_points = []
+        for value in self.zero_point if isinstance(self.zero_point, tuple) else (self.zero_point,):
+            zero_point = _integer(value)
+            if zero_point is None or not self.lo <= zero_point <= self.hi:
+                what = "a channel's" if isinstance(self.zero_point, tuple) else "the"
+                raise InputError(f"{what} zero point is {value!r}; {dtype} codes go from {self.lo} to {self.hi}")
+            zero_points.append(zero_point)
+        if not zero_points:
+            raise InputError("the zero points are none; there must be one, or one a channel")
         exponents = []
         for value in self.exponents or ():
             exponent = _integer(value)
@@ -189,8 +200,11 @@ class QuantParams:
             raise InputError("channel scales go without exponents, and the scale must be the largest of them")
         set_field(self, "channel_scales", channel_scales)
         set_field(self, "scale", scale)
-        set_field(self, "zero_point", zero_point)
+        set_field(self, "zero_point", tuple(zero_points) if len(set(zero_points)) > 1 else zero_points[0])
         set_field(self, "exponents", tuple(exponents) if any(exponents) else None)
+        if len({len(values) for values in self._by_channel}) > 1:
+            lengths = ", ".join(str(len(values)) for values in self._by_channel)
+            raise InputError(f"the exponents, scales and zero points of channels are of different numbers: {lengths}")
 
     @property
     def lo(self) -> int:
@@ -205,8 +219,22 @@ class QuantParams:
     @property
     def channels(self) -> int | None:
         """The number of channels, None where all have the same parameters."""
-        parameters = self.channel_scales or self.exponents
-        return None if parameters is None else len(parameters)
+        return next(map(len, self._by_channel), None)
+
+    @property
+    def _by_channel(self) -> list[tuple[int, ...] | tuple[float, ...]]:
+        """What differs by channel."""
+        return [
+            values for values in (self.channel_scales, self.exponents, self.zero_point) if isinstance(values, tuple)
+        ]
+
+    def channel_zeros(self, n: int) -> npt.NDArray[np.int64]:
+        """Return the zero point of each of `n` channels."""
+        return np.broadcast_to(self._zeros, n)
+
+    @property
+    def _zeros(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self.zero_point, dtype=np.int64)
 
     def channel_exponents(self, n: int) -> tuple[int, ...]:
         """Return the exponents of `n` channels, zeros where there are none."""
@@ -256,7 +284,7 @@ class QuantParams:
             scaled = values / self._powers(float_type) / self._scales(float_type)
         if self.dtype.bits > 16:  # float32 has no room for the ends of the range
             scaled, float_type = scaled.astype(np.float64), np.float64
-        codes = np.rint(scaled) + float_type(self.zero_point)
+        codes = np.rint(scaled) + self._zeros.astype(float_type)
         clipped: npt.NDArray[Any] = np.clip(codes, self.lo, self.hi).astype(self.dtype.numpy)
         return clipped
 
@@ -273,7 +301,7 @@ class QuantParams:
             raise CodeTypeError(f"codes of type {array.dtype} were given where {self.dtype} is expected")
         self._check_channels(array.shape)
         wide = np.int64 if self.dtype.bits > 16 else np.int32
-        centred = (array.astype(wide) - self.zero_point).astype(np.float32)
+        centred = (array.astype(wide) - self._zeros.astype(wide)).astype(np.float32)
         with np.errstate(over="ignore"):  # beyond float32's range the value is infinite, as in ONNX
             values: npt.NDArray[np.float32] = centred * self._scales(np.float32)
             values *= self._powers(np.float32)
@@ -281,7 +309,7 @@ class QuantParams:
 
     def _check_channels(self, shape: tuple[int, ...]) -> None:
         if self.channels is not None and (not shape or shape[-1] != self.channels):
-            kind = "scales" if self.channel_scales else "channel exponents"
+            kind = "scales" if self.channel_scales else "channel exponents" if self.exponents else "zero points"
             raise InputError(f"an array of shape {shape} can't have {self.channels} {kind}")
 
 

@@ -19,7 +19,7 @@ from .axes import check_shape, from_rows, to_rows
 from .errors import CodeTypeError, InputError, WidthError
 from .proof import NormKind
 from .quantization import QuantParams
-from .spec import LayerNormSpec, check_spec
+from .spec import LayerNormSpec
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def input_stage(spec: LayerNormSpec, operands: list[list[int]]) -> list[int]:
     multipliers = code_multipliers(n, spec.operands, adder)
     for codes, params, M in zip(operands, spec.operands, multipliers, strict=True):
         products = [
-            _fit((q - params.zero_point) * factor, bits, "(q - z) * M")
-            for q, factor in zip(codes, M.tolist(), strict=True)
+            _fit((q - z) * factor, bits, "(q - z) * M")
+            for q, z, factor in zip(codes, params.channel_zeros(n).tolist(), M.tolist(), strict=True)
         ]
         total = [_fit(a + b, bits, "the sum of the inputs") for a, b in zip(total, products, strict=True)]
     return [_fit(value >> shift, 32, "u") for value in total]
@@ -92,10 +92,11 @@ def sum_codes(spec: LayerNormSpec, u: list[int]) -> list[int]:
     if params is None or spec.adder is None or spec.adder.sum_shift is None:
         return []
     codes = []
-    for value, exponent in zip(u, params.channel_exponents(spec.n), strict=True):
+    constants = zip(params.channel_exponents(spec.n), params.channel_zeros(spec.n).tolist(), strict=True)
+    for value, (exponent, zero_point) in zip(u, constants, strict=True):
         shift = spec.adder.sum_shift + exponent
         rounded = (value + ((1 << shift) >> 1)) >> shift if shift >= 0 else _fit(value << -shift, 63, "u << -shift")
-        codes.append(min(max(rounded + params.zero_point, params.lo), params.hi))
+        codes.append(min(max(rounded + zero_point, params.lo), params.hi))
     return codes
 
 
@@ -193,7 +194,7 @@ def ideal(spec: LayerNormSpec, q: npt.ArrayLike, residual: npt.ArrayLike | None 
     n, real = spec.n, np.longdouble
     u = np.full((operands[0].size // n, n), 0 if spec.adder is None else spec.adder.half, dtype=np.int64)
     for codes, params, M in zip(operands, spec.operands, code_multipliers(n, spec.operands, spec.adder), strict=True):
-        u += (to_rows(codes, spec.normalized_shape, spec.axes).astype(np.int64) - params.zero_point) * M
+        u += (to_rows(codes, spec.normalized_shape, spec.axes).astype(np.int64) - params.channel_zeros(n)) * M
     u >>= 0 if spec.adder is None else spec.adder.shift
     S = u.sum(axis=1, keepdims=True)
     V0 = n * np.square(u).sum(axis=1, keepdims=True)  # modulo 2**64, as V0 is below 2**62
@@ -208,13 +209,12 @@ def ideal(spec: LayerNormSpec, q: npt.ArrayLike, residual: npt.ArrayLike | None 
         normalized = np.where(V0 > 0, deviation.astype(real) / root, real(0))
     steps = spec.output.channel_steps(n).astype(real)
     gamma, beta = np.asarray(spec.gamma, dtype=real), np.asarray(spec.beta, dtype=real)
-    values: npt.NDArray[np.longdouble] = (gamma * normalized + beta) / steps + spec.output.zero_point
+    values: npt.NDArray[np.longdouble] = (gamma * normalized + beta) / steps + spec.output.channel_zeros(n)
     return from_rows(values, operands[0].shape, spec.axes)
 
 
 def check_operands(spec: LayerNormSpec, q: npt.ArrayLike, residual: npt.ArrayLike | None) -> list[npt.NDArray[Any]]:
     """Return the codes of each operand as arrays after checking them against the spec."""
-    check_spec(spec)
     if (residual is not None) != (spec.residual is not None):
         raise InputError("the spec adds a residual; give its codes" if spec.residual else "the spec adds no residual")
     codes = [check_codes(spec, q, spec.input)]

@@ -197,9 +197,3 @@ class LayerNormSpec:
             If the file can't be read, is damaged, holds an unknown key, or has another schema version.
         """
         return files.load_json(cls, path, schema_version=SCHEMA_VERSION)
-
-
-def check_spec(spec: object) -> None:
-    """Raise InputError unless it is a spec."""
-    if not isinstance(spec, LayerNormSpec):
-        raise InputError(f"the spec is {spec!r}; it must be a LayerNormSpec, which plan and calibrate return")

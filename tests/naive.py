@@ -39,7 +39,8 @@ def weighted(
     rows = [row] if residual is None else [row, residual]
     total = [ZERO] * spec.n
     for codes, params, weight in zip(rows, spec.operands, weights, strict=True):
-        total = [a + (q - params.zero_point) * w for a, q, w in zip(total, codes, weight, strict=True)]
+        zeros = zero_points(params, spec.n)
+        total = [a + (q - z) * w for a, q, z, w in zip(total, codes, zeros, weight, strict=True)]
     return total
 
 
@@ -51,6 +52,11 @@ def multipliers(spec: LayerNormSpec) -> list[list[Fraction]]:
         [Fraction(M, 2**spec.adder.shift) for M in (factors if len(factors) > 1 else factors * spec.n)]
         for factors in spec.adder.multipliers
     ]
+
+
+def zero_points(params: QuantParams, n: int) -> list[int]:
+    """Return the code of 0 in each of `n` channels."""
+    return list(params.zero_point) if isinstance(params.zero_point, tuple) else [params.zero_point] * n
 
 
 def steps(params: QuantParams, n: int) -> list[Fraction]:
@@ -75,8 +81,8 @@ def sum_codes(spec: LayerNormSpec, u: list[int]) -> list[int]:
     assert spec.adder is not None
     assert spec.adder.sum_shift is not None
     rounded = [
-        nearest(v / Fraction(2) ** (spec.adder.sum_shift + f)) + params.zero_point
-        for v, f in zip(u, params.exponents or (0,) * spec.n, strict=True)
+        nearest(v / Fraction(2) ** (spec.adder.sum_shift + f)) + z
+        for v, f, z in zip(u, params.exponents or (0,) * spec.n, zero_points(params, spec.n), strict=True)
     ]
     return [min(max(w, params.lo), params.hi) for w in rounded]
 
@@ -134,10 +140,11 @@ def normalized(spec: LayerNormSpec, u: list[int] | list[Fraction]) -> list[Fract
 def ideal(spec: LayerNormSpec, row: list[int], residual: list[int] | None = None) -> list[Fraction]:
     """Return one row's real values in output LSB, from the integers u and the layer's definition."""
     return [
-        (Fraction(gamma) * x + Fraction(beta)) / step + spec.output.zero_point
-        for x, gamma, beta, step in zip(
+        (Fraction(gamma) * x + Fraction(beta)) / step + z
+        for x, gamma, beta, step, z in zip(
             normalized(spec, integers(spec, row, residual)),
-            spec.gamma, spec.beta, steps(spec.output, spec.n), strict=True,
+            spec.gamma, spec.beta, steps(spec.output, spec.n), zero_points(spec.output, spec.n),
+            strict=True,
         )
     ]  # fmt: skip
 
@@ -164,7 +171,8 @@ def excess_terms(spec: LayerNormSpec, channel: int) -> dict[str, float]:
     xmax = math.sqrt(n - 1 if centred else n)
 
     step = steps(spec.output, n)[channel]
-    gain, b = Fraction(spec.gamma[channel]) / step, Fraction(spec.beta[channel]) / step + spec.output.zero_point
+    gain = Fraction(spec.gamma[channel]) / step
+    b = Fraction(spec.beta[channel]) / step + zero_points(spec.output, n)[channel]
     g = float(abs(gain))
     reach = float(max(abs(spec.output.hi + Fraction(1, 2) - b), abs(spec.output.lo - Fraction(1, 2) - b)))
     gain_error = float(abs(spec.G[channel] * Fraction(2) ** (spec.F - spec.s2) - gain))

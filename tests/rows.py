@@ -57,7 +57,7 @@ def typical(params: QuantParams, n: int, rows: int, *, outliers: float = 20.0, s
     size[rng.permutation(n)[: n // 50]] = outliers
     values = rng.standard_normal((rows, n)) * size
     half = (params.hi - params.lo) / 2
-    return _clip(params, params.zero_point + np.rint(values * half / max(4.0, 2.5 * float(size.max()))))
+    return _clip(params, params.channel_zeros(n) + np.rint(values * half / max(4.0, 2.5 * float(size.max()))))
 
 
 def noise(params: QuantParams, n: int, rows: int, *, seed: int = 0) -> Codes:
@@ -69,7 +69,7 @@ def noise(params: QuantParams, n: int, rows: int, *, seed: int = 0) -> Codes:
 def adversarial(params: QuantParams, n: int, limit: int | None = None, *, seed: int = 0) -> Codes:
     """Return the first `limit` of the rows that reach the widths' and the bound's ends, the sharpest ones first."""
     rng = np.random.default_rng(seed)
-    lo, hi, zero = params.lo, params.hi, params.zero_point
+    lo, hi, zero = params.lo, params.hi, params.channel_zeros(n)
     k = np.arange(n)
     periods = [p for p in (2, 6, n // 4, n // 3, n - 1) if p > 1]
     rows = [
@@ -84,7 +84,7 @@ def adversarial(params: QuantParams, n: int, limit: int | None = None, *, seed: 
         np.where(k == 0, lo + 1, lo),
         np.full(n, lo),
         np.full(n, hi),
-        np.full(n, zero),
+        zero,
         lo + (hi - lo) * k // max(n - 1, 1),  # a ramp
         equal_integers(params, n),
         equal_integers(params, n) + (k == 0),
@@ -96,13 +96,15 @@ def adversarial(params: QuantParams, n: int, limit: int | None = None, *, seed: 
 def equal_integers(params: QuantParams, n: int) -> npt.NDArray[np.int64]:
     """Return a row whose integers u are all equal though its codes may differ (by the channel exponents)."""
     exponents = np.array(params.channel_exponents(n))
-    row = params.zero_point + _toward(params, params.zero_point) * np.left_shift(1, exponents.max() - exponents)
+    zero = params.channel_zeros(n)
+    row = zero + _toward(params, zero) * np.left_shift(1, exponents.max() - exponents)
     inside = (row >= params.lo) & (row <= params.hi)
-    return row if inside.all() else np.full(n, params.zero_point)
+    return row if inside.all() else np.array(zero)
 
 
-def _toward(params: QuantParams, code: int) -> int:
-    return 1 if code < params.hi else -1
+def _toward(params: QuantParams, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return 1, or -1 where that is beyond the codes."""
+    return np.where(codes < params.hi, 1, -1)
 
 
 def _clip(params: QuantParams, values: npt.NDArray[Any]) -> Codes:

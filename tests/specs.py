@@ -25,6 +25,8 @@ def params(draw: st.DrawFn, n: int, dtypes: Sequence[DType] = NARROW, *, reach: 
     dtype, narrow = draw(st.sampled_from(dtypes)), draw(st.booleans())
     lo, hi = dtype.lo + narrow, dtype.hi
     zero_point = draw(st.sampled_from([lo, hi, (lo + hi + 1) // 2]) | st.integers(lo, hi))
+    if draw(st.integers(0, 2)) == 0:
+        zero_point = np.random.default_rng(draw(st.integers(0, 9))).integers(lo, hi, n, endpoint=True).tolist()
     scale = 2 * reach / (hi - lo) if reach is not None else 2.0 ** draw(st.floats(-14, 2))
     kind, seed = draw(st.sampled_from(["tensor", "tensor", "exponents", "scales"])), draw(st.integers(0, 9))
     if kind == "exponents":

@@ -97,9 +97,10 @@ def test_the_rounding_of_the_inputs_is_within_its_bound(spec: LayerNormSpec, see
         assert max(abs(a - b) for a, b in zip(u, real, strict=True)) <= eta
         if spec.sum_output is not None and spec.adder.sum_shift is not None:
             params = spec.sum_output
-            for w, exact, f in zip(naive.sum_codes(spec, u), real, params.channel_exponents(spec.n), strict=True):
+            constants = zip(params.channel_exponents(spec.n), naive.zero_points(params, spec.n), strict=True)
+            for w, exact, (f, z) in zip(naive.sum_codes(spec, u), real, constants, strict=True):
                 unit = Fraction(2) ** (spec.adder.sum_shift + f)
-                value = min(max(exact / unit + params.zero_point, Fraction(params.lo)), Fraction(params.hi))
+                value = min(max(exact / unit + z, Fraction(params.lo)), Fraction(params.hi))
                 assert abs(w - value) <= Fraction(1, 2) + eta / unit
         deviation = naive.deviation(spec, u)
         if not deviation:

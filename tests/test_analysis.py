@@ -92,7 +92,7 @@ def test_terms_and_interaction_sum_up_to_the_total(options: dict[str, Any]) -> N
     assert sum(term.share for term in terms) + attribution.interaction_share == pytest.approx(1)
     error = stages.compute(spec, rows).y - stages.float_layer(spec, rows)
     assert attribution.total_lsb2 == pytest.approx(float(np.square(error).mean()))
-    assert abs(attribution.interaction_share) < 0.1
+    assert abs(attribution.interaction_share) < 0.25
 
 
 def test_what_is_coarse_has_the_largest_term() -> None:

@@ -10,7 +10,6 @@ import pytest
 from naive import hold, nearest
 from rows import KINDS, LANES, PAIRINGS, REACH, adversarial, exponents_of, layer_of, noise, params_of
 
-import fxp_layernorm as fxp
 from fxp_layernorm import DType, InputError, LayerNorm, NormKind, PlanError, QuantParams, plan, proof
 from fxp_layernorm.planner import MAX_EXCESS
 
@@ -180,25 +179,3 @@ def test_a_bound_per_stage_that_adds_up() -> None:
     assert sum(spec.excess.terms.values()) == pytest.approx(float(spec.excess), rel=1e-9)
     assert 0 <= spec.excess.channel < 64
     assert isinstance(spec.excess, proof.Excess)
-
-
-@pytest.mark.parametrize("limit", ["a", [1.0], float("nan"), True, -1, np.array([1.0, 2.0])], ids=repr)
-def test_a_largest_excess_that_is_no_number_is_refused(limit: Any) -> None:
-    params = fxp.QuantParams("int8", 0.1)
-    with pytest.raises(fxp.InputError, match=r"max_excess is .*; it must be a number"):
-        fxp.plan(fxp.LayerNorm(8), params, params, max_excess=limit)
-
-
-@pytest.mark.parametrize("wrong", ["a", None, 3])
-def test_what_is_no_layer_or_no_spec_is_refused(wrong: Any) -> None:
-    params, x = fxp.QuantParams("int8", 0.1), np.ones((2, 8))
-    with pytest.raises(fxp.InputError, match="it must be a LayerNorm or an RMSNorm"):
-        fxp.plan(wrong, params, params)
-    with pytest.raises(fxp.InputError, match="it must be a LayerNorm or an RMSNorm"):
-        fxp.calibrate(wrong, x)
-    functions: list[Any] = [fxp.FxpLayerNorm, fxp.export.to_onnx, lambda spec: fxp.analyze(spec, x)]
-    for takes_spec in functions:
-        with pytest.raises(fxp.InputError, match="it must be a LayerNormSpec"):
-            takes_spec(wrong)
-    with pytest.raises(fxp.InputError, match="it must be a LayerNormSpec"):
-        fxp.reference.run(wrong, np.zeros((1, 8), dtype=np.int8))

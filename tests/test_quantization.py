@@ -224,6 +224,44 @@ def test_a_scale_a_channel_is_the_tensor_scale_of_each() -> None:
         params.quantize(np.zeros(4))
 
 
+def test_a_zero_point_a_channel_is_the_tensor_zero_point_of_each() -> None:
+    zeros = (-128, 3, 127)
+    params = QuantParams("int8", 0.5, np.array(zeros), (0, 2, 1))
+    assert params == QuantParams("int8", 0.5, zeros, [0, 2, 1])
+    x = np.random.default_rng(0).standard_normal((20, 3)) * 100
+    for values in (x, x.astype(np.float32)):
+        codes = params.quantize(values)
+        for channel, (zero_point, exponent) in enumerate(zip(zeros, (0, 2, 1), strict=True)):
+            alone = QuantParams("int8", 0.5 * 2**exponent, zero_point)
+            np.testing.assert_array_equal(codes[:, channel], alone.quantize(values[:, channel]))
+            np.testing.assert_array_equal(params.dequantize(codes)[:, channel], alone.dequantize(codes[:, channel]))
+    assert params.channels == 3
+    with pytest.raises(InputError, match=r"shape \(4,\) can't have 3 zero points"):
+        QuantParams("int8", 0.5, zeros).quantize(np.zeros(4))
+    same = QuantParams("int8", 0.5, [7, 7, 7])
+    assert (same.zero_point, same.channels) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("zero_point", "options", "words"),
+    [
+        ([0, 128], {}, "a channel's zero point is 128; int8 codes go from -128 to 127"),
+        ([-128, 0], {"narrow_range": True}, "a channel's zero point is -128; int8 codes go from -127"),
+        ([0, 0.5], {}, r"a channel's zero point is 0\.5"),
+        ([0, "1"], {}, "a channel's zero point is '1'"),
+        ([0, [1]], {}, r"a channel's zero point is \[1\]"),
+        ([], {}, "the zero points are none"),
+        ("12", {}, "the zero point is '12'"),
+        (None, {}, "the zero point is None"),
+        ([0, 1], {"exponents": [1, 0, 1]}, "of different numbers: 3, 2"),
+        ([0, 1, 2], {"channel_scales": [1.0, 0.5]}, "of different numbers: 2, 3"),
+    ],
+)
+def test_zero_points_that_make_no_sense_are_refused(zero_point: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        QuantParams("int8", 1.0, zero_point, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -163,6 +163,20 @@ EDITS: dict[str, tuple[Callable[[Document], Any], str]] = {
     "a negative scale": (lambda d: d["output"].update(scale=-0.05), r"the scale is -0\.05"),
     "a subnormal scale": (lambda d: d["output"].update(scale=1e-40), "the scale is 1e-40"),
     "a zero point beyond the codes": (lambda d: d["output"].update(zero_point=128), "the zero point is 128"),
+    "a channel's zero point beyond the codes": (
+        lambda d: d["input"].update(zero_point=[0, 1, 2, 3, 4, -129]),
+        "a channel's zero point is -129",
+    ),
+    "zero points of other channels": (
+        lambda d: d["output"].update(zero_point=[0, 1], exponents=None),
+        "parameters for 2 channels",
+    ),
+    "zero points and exponents of other channels": (
+        lambda d: d["input"].update(zero_point=[0, 1], exponents=[1] * 6),
+        "of different numbers: 6, 2",
+    ),
+    "a zero point that is no integer": (lambda d: d["input"].update(zero_point=[0, 0.5] * 3), "zero_point"),
+    "a zero point in letters": (lambda d: d["output"].update(zero_point="1"), "zero_point"),
     "an exponent beyond its range": (lambda d: d["input"].update(exponents=[16] * 6), "a channel exponent is 16"),
     "a negative exponent": (lambda d: d["output"].update(exponents=[-1] * 6), "a channel exponent is -1"),
     "exponents of other channels": (lambda d: d["output"].update(exponents=[1] * 5), "parameters for 5 channels"),

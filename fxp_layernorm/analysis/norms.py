@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from ..axes import last_axes, stacked
+from ..axes import stacked
 from ..calibration.layers import each_sample, is_array
 from ..calibration.observers import MinMaxObserver, RowSample, row_ids
 from ..errors import DataError, InputError
@@ -19,7 +19,7 @@ from ..layer import LayerNorm, RMSNorm
 from ..proof import NormKind
 from ..quantization import LARGEST_SCALE, QuantParams
 from ..reference import ideal
-from ..spec import LayerNormSpec, check_spec
+from ..spec import LayerNormSpec
 from . import advice, stages, tables
 from .advice import Command
 from .attribution import attribute
@@ -62,7 +62,7 @@ class NormAnalyzer:
         self.spec, self.name = spec, name
         self.layer = _layer(spec, spec.axes)
         #: The same with the normalized dimensions last, where rows have them.
-        self._of_rows = replace(spec, axes=last_axes(len(spec.axes)))
+        self._of_rows = replace(spec, axes=tuple(range(-len(spec.axes), 0)))
         self._command = command or Command()
         self._steps = stages.output_steps(spec)
         self._sample = RowSample(max(SAMPLED_ELEMENTS // spec.n, SAMPLED_ROWS), spec.n * len(spec.operands))
@@ -169,8 +169,9 @@ class NormAnalyzer:
         self._arithmetic.update(y - clamped)
         self._total.update(total)
         self._differing += int(np.count_nonzero(y != np.floor(clamped + 0.5)))
-        real = (expected - spec.output.zero_point) * self._steps
-        integer = (y - spec.output.zero_point) * self._steps
+        zeros = spec.output.channel_zeros(spec.n)
+        real = (expected - zeros) * self._steps
+        integer = (y - zeros) * self._steps
         self._output.update(real)
         self._signal += float(np.square(real).sum())
         self._integer_power += float(np.square(integer).sum())
@@ -276,7 +277,6 @@ def analyze(
     >>> report.arithmetic.max_lsb < report.proved_bound_lsb
     True
     """
-    check_spec(spec)
     analyzer = NormAnalyzer(spec, name)
     arrays = cast(
         "Iterable[npt.ArrayLike]", () if residuals is None else [residuals] if is_array(residuals) else residuals

@@ -154,7 +154,7 @@ def float_layer(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]]) -> Flo
     root = np.sqrt(power) + spec.eps if spec.eps_outside else np.sqrt(power + spec.eps)
     normalized = x / np.where(root > 0, root, 1.0)
     result: Floats = (normalized * np.array(spec.gamma) + np.array(spec.beta)) / output_steps(spec)
-    return result + spec.output.zero_point
+    return result + spec.output.channel_zeros(spec.n)
 
 
 def output_steps(spec: LayerNormSpec) -> Floats:
@@ -169,7 +169,7 @@ def operands(spec: LayerNormSpec, rows: npt.NDArray[Any]) -> list[npt.NDArray[An
 
 def positions(params: QuantParams, rows: npt.NDArray[np.floating[Any]]) -> Floats:
     """Return where real values lie on the scale of their codes: neither rounded nor clipped, in LSB."""
-    places: Floats = rows.astype(np.float64) / params.channel_steps(rows.shape[1]) + params.zero_point
+    places: Floats = rows.astype(np.float64) / params.channel_steps(rows.shape[1]) + params.channel_zeros(rows.shape[1])
     return places
 
 
@@ -205,17 +205,18 @@ def _input(spec: LayerNormSpec, rows: npt.NDArray[np.floating[Any]], exact: Coll
 def _codes(params: QuantParams, rows: npt.NDArray[np.floating[Any]], exact: Collection[Stage]) -> Array:
     """Return the codes of an operand without their zero point."""
     codes: Array = params.quantize(rows).astype(np.int64)
+    zeros = params.channel_zeros(rows.shape[1])
     if Stage.INPUT in exact or Stage.INPUT_SATURATION in exact:
         places = positions(params, rows)
         free = Stage.INPUT_SATURATION in exact
         if Stage.INPUT in exact:
             low, high = (-np.inf, np.inf) if free else (float(params.lo), float(params.hi))
-            return np.clip(places, low, high) - params.zero_point
+            return np.clip(places, low, high) - zeros
         outside = (places < params.lo - 0.5) | (places > params.hi + 0.5)
         if np.abs(places).max(initial=0.0) >= 2.0**61:  # no integers any more
-            return np.where(outside, np.rint(places), codes) - params.zero_point
+            return np.where(outside, np.rint(places), codes) - zeros
         codes = np.where(outside, np.rint(places).astype(np.int64), codes)
-    return codes - params.zero_point
+    return codes - zeros
 
 
 def _moments(u: Array, centred: bool) -> tuple[Array, Array]:

@@ -116,7 +116,11 @@ def _integer_bits(magnitude: int, fraction: int) -> int:
 
 
 def _quantization(params: QuantParams) -> str:
-    text = f"scale {params.scale:.6g}, zero point {params.zero_point}"
+    text = f"scale {params.scale:.6g}, "
+    if isinstance(params.zero_point, tuple):
+        text += f"zero points of channels {min(params.zero_point)} to {max(params.zero_point)}"
+    else:
+        text += f"zero point {params.zero_point}"
     if params.narrow_range:
         text += f", codes from {params.lo}"
     if params.channel_scales is not None:

@@ -64,7 +64,8 @@ _TYPES = click.Choice([dtype.value for dtype in DType if dtype.bits <= 16])
 )  # fmt: skip
 @click.option(
     "--symmetric/--asymmetric", default=None,
-    help="Whether the zero point is the middle of the codes. [default: symmetric with exponents, asymmetric without]",
+    help="Whether zero points are the middle of the codes. Asymmetric, each channel with an exponent or a scale of its "
+    "own has a zero point of its own. [default: asymmetric]",
 )  # fmt: skip
 @click.option(
     "--narrow-range", is_flag=True,
