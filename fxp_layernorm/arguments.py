@@ -20,18 +20,13 @@ _Array = npt.NDArray[Any]
 _WordTables = tuple[_Array, _Array, _Array | None, _Array | None]
 
 
-def has_input_stage(spec: LayerNormSpec) -> bool:
-    """Whether `kernels.add` makes the integers u of the codes: beside adders, where channels have zero points."""
-    return spec.adder is not None or isinstance(spec.input.zero_point, tuple)
-
-
 def kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
     """Return what `kernels.run` takes after the codes and the output."""
     lane = np.int64 if spec.lane == 64 or spec.accumulator > 32 else np.int32
     # vpmuldq, the product of 32-bit factors, is one step where vpmullq is three; 16-bit factors gain nothing
     narrow = max(spec.row_stage.t_max(spec.s1), *map(abs, spec.G)) < 1 << 31
-    codes, added = spec.row_stage.codes, has_input_stage(spec)
-    exponents = None if added or spec.input.exponents is None else np.array(spec.input.exponents, dtype=np.int32)
+    codes, added = spec.row_stage.codes, spec.adder is not None
+    exponents = None if added or spec.input.channels is None else _channels(spec)
     # without exponents the kernel sums bytes without a sign, and wider codes around their middle
     bits = 8 * spec.input.dtype.numpy.itemsize
     largest = codes.largest if added or exponents is not None or bits > 16 else 255 if bits == 8 else 1 << (bits - 1)
@@ -48,7 +43,7 @@ def kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
     middle = 1 << (bits - 1)
     base = middle * unsigned if longs is None else middle * (unsigned - 1)
     constants = (
-        0 if added else _zero_point(spec), spec.m, spec.K + spec.h, spec.h, spec.E,
+        spec.input.zero_point if exponents is None and not added else 0, spec.m, spec.K + spec.h, spec.h, spec.E,
         proof.reciprocal_bits(spec.n) if spec.lane == 64 else 63,
         spec.s1, spec.s2, min(chunk, spec.n), spec.kind is NormKind.LAYERNORM, split,
         _word_limit(spec), height or 0, base,
@@ -92,10 +87,9 @@ def adder_arguments(spec: LayerNormSpec) -> tuple[tuple[Any, ...], tuple[Any, ..
     return add, (shifts, np.array(params.channel_zeros(spec.n)), params.lo, params.hi)
 
 
-def _zero_point(spec: LayerNormSpec) -> int:
-    """Return the zero point that all channels of the input have."""
-    assert isinstance(spec.input.zero_point, int)
-    return spec.input.zero_point
+def _channels(spec: LayerNormSpec) -> _Array:
+    """Return the exponents and the zero points of the input's channels."""
+    return np.stack([spec.input.channel_exponents(spec.n), spec.input.channel_zeros(spec.n)]).astype(np.int32)
 
 
 def type_ends(dtype: np.dtype[Any]) -> tuple[int, int]:
@@ -116,13 +110,13 @@ def _word_height(spec: LayerNormSpec) -> int | None:
     if max(map(abs, spec.G)) >= 1 << 15:
         return None
     low, high = int(spec.ends[0].min()), int(spec.ends[1].max())
-    if has_input_stage(spec) or spec.input.dtype.numpy.itemsize > 1:
-        exponents = not has_input_stage(spec) and spec.input.exponents is not None
-        words = low >= -(1 << 15) and high < 1 << 15 if has_input_stage(spec) else spec.input.dtype.bits <= 16
+    if spec.adder is not None or spec.input.dtype.numpy.itemsize > 1:
+        exponents = spec.adder is None and spec.input.channels is not None
+        words = low >= -(1 << 15) and high < 1 << 15 if spec.adder is not None else spec.input.dtype.bits <= 16
         return None if exponents or not words else 0
-    if spec.input.exponents is None:  # then words are codes, and zero points wait in M
+    if spec.input.channels is None:  # then words are codes, and zero points wait in M
         return min(8, 16 - spec.s1)
-    heights = range(min(8 - max(spec.input.exponents), 16 - spec.s1), -1, -1)
+    heights = range(min(8 - max(spec.input.channel_exponents(spec.n)), 16 - spec.s1), -1, -1)
     return next((k for k in heights if low << k >= -(1 << 15) and high << k < 1 << 15), None)
 
 
@@ -138,7 +132,7 @@ def _word_tables(spec: LayerNormSpec, height: int) -> _WordTables:
 
     Words lie in the order of `vectors.code_words`; products take the even ones of 32 words before the odd ones.
     """
-    bytes_in = not has_input_stage(spec) and spec.input.dtype.numpy.itemsize == 1
+    bytes_in = spec.adder is None and spec.input.dtype.numpy.itemsize == 1
     k = np.arange(BLOCK)
     word = 4 * (k % 32 // 2) + 2 * (k % 2) + k // 32 if bytes_in else k
     blocks = np.arange(0, spec.n - spec.n % BLOCK, BLOCK)[:, np.newaxis]
@@ -146,25 +140,25 @@ def _word_tables(spec: LayerNormSpec, height: int) -> _WordTables:
     products = (blocks + word.reshape(2, 16, 2).transpose(0, 2, 1).reshape(-1)).reshape(-1)
     G = np.stack([np.zeros(len(products)), np.array(spec.G, dtype=np.float64)[products]], axis=1).reshape(-1)
     tables = _aligned(G, np.int16), _aligned(_offsets(spec)[products], np.int32)
-    if not bytes_in or (height == 8 and spec.input.exponents is None):
+    if not bytes_in or (height == 8 and spec.input.channels is None):
         return *tables, None, None
     shifts = (8 - height - np.array(spec.input.channel_exponents(spec.n)))[words]
-    zero = _zero_point(spec) - 128 * (spec.input.dtype.numpy.kind == "u")
-    if spec.input.exponents is None or zero == 0:
+    zero = (spec.input.channel_zeros(spec.n) - 128 * (spec.input.dtype.numpy.kind == "u"))[words]
+    if spec.input.channels is None or not zero.any():
         return *tables, _aligned(shifts, np.int16), None
     return *tables, _aligned(shifts, np.int16), _aligned(zero << (8 - shifts), np.int16)
 
 
 def _word_sums(spec: LayerNormSpec, words: _WordTables | None) -> tuple[_Array | None, _Array | None] | None:
     """Return the shifts and zeros that make words of codes for `kernels.word_moments`; None if it can't hold them."""
-    if spec.input.exponents is not None and not has_input_stage(spec):
+    if spec.input.channels is not None and spec.adder is None:
         return None if words is None else words[2:]
-    return (None, None) if not has_input_stage(spec) and spec.input.dtype.numpy.itemsize == 2 else None
+    return (None, None) if spec.adder is None and spec.input.dtype.numpy.itemsize == 2 else None
 
 
 def _long_tables(spec: LayerNormSpec) -> tuple[_Array, _Array] | None:
     """Return G and B for `kernels.long_elements`, or None if it can't hold the spec or gains nothing."""
-    codes = spec.input.dtype.numpy.itemsize <= 2 and not has_input_stage(spec) and spec.input.exponents is None
+    codes = spec.input.dtype.numpy.itemsize <= 2 and spec.adder is None and spec.input.channels is None
     shifts = spec.s1 <= 20 and spec.s2 >= 32
     factors = max(spec.row_stage.t_max(spec.s1), *map(abs, spec.G)) < 1 << 31
     if not (spec.lane == 64 and codes and shifts and factors and spec.output.dtype.numpy.itemsize == 2):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arguments import adder_arguments, column_arguments, has_input_stage, kernel_arguments, type_ends
+from .arguments import adder_arguments, column_arguments, kernel_arguments, type_ends
 from .axes import from_rows, long_rows, same_place, to_rows
 from .errors import CodeTypeError, InputError
 from .quantization import QuantParams
@@ -56,15 +56,13 @@ class FxpLayerNorm:
         self._in_dtype = spec.input.dtype.numpy
         self._out_dtype = spec.output.dtype.numpy
         last = spec.axes == tuple(range(-len(spec.axes), 0))
-        self._simple = (
-            last and not has_input_stage(spec) and (spec.input.lo, spec.input.hi) == type_ends(self._in_dtype)
-        )
+        self._simple = last and spec.adder is None and (spec.input.lo, spec.input.hi) == type_ends(self._in_dtype)
         self._last = last
         self._arguments = kernel_arguments(spec)
         together = len(spec.axes) == spec.axes[-1] - spec.axes[0] + 1
-        across = together and not last and not has_input_stage(spec)
+        across = together and not last and spec.adder is None
         self._columns = column_arguments(spec, self._arguments) if across else ()
-        self._adder = adder_arguments(spec) if has_input_stage(spec) else None
+        self._adder = None if spec.adder is None else adder_arguments(spec)
 
     def __repr__(self) -> str:
         spec = self.spec

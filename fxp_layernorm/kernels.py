@@ -180,10 +180,10 @@ def moments(q, i, n, zero_point, exponents, accumulator, chunk, split, in_bytes,
 
     Whole blocks are left to vectors where they are faster. The rest is summed over chunks that the accumulator's type
     holds. If `split`, squares reach 31 bits: their sum is then kept modulo 2**32, and beside it the sum of their upper
-    halves, which says what the modulus took away. Without exponents the zero point is left to the end.
+    halves, which says what the modulus took away. `exponents` holds the channels' exponents and their zero points;
+    without them the zero point is left to the end.
     """
     sum_type = accumulator.dtype.type
-    zero = sum_type(zero_point)
     # the codes' middle, as far as it isn't 0; bytes are taken without a sign, which spares half of their product
     origin = np.int64(0)
     if exponents is None:
@@ -206,7 +206,7 @@ def moments(q, i, n, zero_point, exponents, accumulator, chunk, split, in_bytes,
         for k in range(np.uint64(start), np.uint64(stop)):
             u = sum_type(q[i, k])
             if exponents is not None:
-                u = np.left_shift(np.subtract(u, zero) if zero else u, sum_type(exponents[k]))
+                u = np.left_shift(np.subtract(u, sum_type(exponents[1, k])), sum_type(exponents[0, k]))
             elif q.itemsize == 1:
                 u = np.bitwise_xor(np.bitwise_and(u, sum_type(255)), sum_type(-origin))
             else:
@@ -281,7 +281,7 @@ def long_elements(q, out, i, start, stop, longs, R, M, s1, s2, ends):
 
 
 @_inlined
-def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2, ends):
+def elements(q, out, i, start, stop, exponents, G, B, R, M, s1, s2, ends):
     """Compute output codes of row i (equations 6 to 9) in the type of B, that of the lane.
 
     M and B hold their rounding halves, and M the zero point too if there are no exponents. A type of G that is
@@ -290,13 +290,13 @@ def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2, 
     that saturates.
     """
     lane, factor = B.dtype.type, G.dtype.type
-    R, M, zero, s1, s2 = lane(R), lane(M), lane(zero_point), lane(s1), lane(s2)
+    R, M, s1, s2 = lane(R), lane(M), lane(s1), lane(s2)
     limits = np.iinfo(out.dtype)
     lo, hi = (lane(limits.min), lane(limits.max)) if ends is None else (lane(ends[0]), lane(ends[1]))
     for k in range(np.uint64(start), np.uint64(stop)):
         u = lane(q[i, k])
         if exponents is not None:
-            u = np.left_shift(np.subtract(u, zero) if zero else u, lane(exponents[k]))
+            u = np.left_shift(np.subtract(u, lane(exponents[1, k])), lane(exponents[0, k]))
         t = np.right_shift(np.subtract(np.multiply(u, R), M), s1)
         a = np.add(np.multiply(lane(factor(t)), lane(G[k])), B[k])
         out[i, k] = out.dtype.type(min(max(np.right_shift(a, s2), lo), hi))
@@ -306,7 +306,7 @@ def elements(q, out, i, start, stop, zero_point, exponents, G, B, R, M, s1, s2, 
 def second_pass(q, out, start, count, exponents, G, B, R, M, constants, ends, words, longs):
     """Compute the output codes of rows, a tile of channels in all of them before the next."""
     n = len(G)
-    zero_point, s1, s2 = constants[0], constants[6], constants[7]
+    s1, s2 = constants[6], constants[7]
     word_limit, height, base = constants[11], constants[12], constants[13]
     for left in range(0, n, TILE):
         right = min(left + TILE, n)
@@ -324,7 +324,7 @@ def second_pass(q, out, start, count, exponents, G, B, R, M, constants, ends, wo
                 done = whole
                 long_elements(q, out, i, left, whole, longs, R[k], M[k] - base * R[k], s1, s2, ends)
             if done < right:
-                elements(q, out, i, done, right, zero_point, exponents, G, B, R[k], M[k], s1, s2, ends)
+                elements(q, out, i, done, right, exponents, G, B, R[k], M[k], s1, s2, ends)
 
 
 @_jit()
@@ -414,9 +414,10 @@ def _columns_between(q, out, left, right, exponents, G, B, constants, accumulato
         for first in range(0, n, chunk):
             s[:], squares[:] = 0, 0
             for c in range(first, min(first + chunk, n)):
-                shift = sum_type(0 if exponents is None else exponents[c])
+                shift = sum_type(0 if exponents is None else exponents[0, c])
+                zero = sum_type(zero_point if exponents is None else exponents[1, c])
                 for k in range(count):
-                    u = np.left_shift(np.subtract(sum_type(q[c, base + k]), sum_type(zero_point)), shift)
+                    u = np.left_shift(np.subtract(sum_type(q[c, base + k]), zero), shift)
                     s[k] = np.add(s[k], u)
                     squares[k] = np.add(squares[k], np.multiply(u, u))
             for k in range(count):
@@ -427,10 +428,11 @@ def _columns_between(q, out, left, right, exponents, G, B, constants, accumulato
             scale, offset = row_scale(S[k], V0, n, m, x, h, E, cut, centred, outer)
             R[k], M[k] = lane(scale), lane(offset - (np.int64(1) << (s1 - 1)))
         for c in range(n):
-            shift = lane(0 if exponents is None else exponents[c])
+            shift = lane(0 if exponents is None else exponents[0, c])
+            zero = lane(zero_point if exponents is None else exponents[1, c])
             gain, offset = lane(G[c]), B[c]
             for k in range(count):
-                u = np.left_shift(np.subtract(lane(q[c, base + k]), lane(zero_point)), shift)
+                u = np.left_shift(np.subtract(lane(q[c, base + k]), zero), shift)
                 t = np.right_shift(np.subtract(np.multiply(u, R[k]), M[k]), lane(s1))
                 a = np.add(np.multiply(lane(factor(t)), gain), offset)
                 out[c, base + k] = out.dtype.type(min(max(np.right_shift(a, lane(s2)), lo), hi))

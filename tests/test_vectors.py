@@ -17,7 +17,7 @@ AVX2 = f"{SSE2},+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+fma,
 AVX512 = f"{AVX2},+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd"
 #: By the kind of vectors: bytes, words and words with an upper half, shifted words, and 64 bits.
 CHECK = """
-import sys, numpy as np
+import dataclasses, sys, numpy as np
 sys.path.insert(0, sys.argv[1])
 from numba.core.registry import cpu_target
 from rows import KINDS, adversarial, exponents_of, layer_of, noise, params_of, typical
@@ -27,7 +27,11 @@ n = 200
 for source, target, largest in eval(sys.argv[3]):
     exponents = exponents_of(n, largest) if largest else None
     for kind in KINDS:
-        spec = plan(layer_of(kind, n), params_of(source, exponents=exponents), params_of(target))
+        params = params_of(source, exponents=exponents)
+        if largest:
+            zeros = np.random.default_rng(n).integers(params.lo, params.hi, n, endpoint=True)
+            params = dataclasses.replace(params, zero_point=tuple(zeros.tolist()))
+        spec = plan(layer_of(kind, n), params, params_of(target))
         norm, q = FxpLayerNorm(spec), np.concatenate([f(spec.input, n, 5) for f in (adversarial, noise, typical)])
         assert any(tables is not None for tables in norm._arguments[-2:])
         np.testing.assert_array_equal(norm(q), reference.run(spec, q))
