@@ -92,7 +92,9 @@ def test_terms_and_interaction_sum_up_to_the_total(options: dict[str, Any]) -> N
     assert sum(term.share for term in terms) + attribution.interaction_share == pytest.approx(1)
     error = stages.compute(spec, rows).y - stages.float_layer(spec, rows)
     assert attribution.total_lsb2 == pytest.approx(float(np.square(error).mean()))
-    assert abs(attribution.interaction_share) < 0.25
+    # both saturations meet the same values, and their errors add up as far as Cauchy and Schwarz allow
+    ends = [attribution.term(stage).share for stage in (Stage.INPUT_SATURATION, Stage.OUTPUT_SATURATION)]
+    assert abs(attribution.interaction_share) < 0.1 + 2 * np.sqrt(np.prod(ends))
 
 
 def test_what_is_coarse_has_the_largest_term() -> None:
