@@ -15,9 +15,12 @@ from numba import njit
 from rich.console import Console
 from rich.table import Table
 
-from fxp_layernorm import kernels, vectors
 from fxp_layernorm.benchmark import PAIRINGS, Pairing, environment
 from fxp_layernorm.inference import FxpLayerNorm
+from fxp_layernorm.kernels import vectors
+from fxp_layernorm.kernels.elements import second_pass
+from fxp_layernorm.kernels.moments import first_pass
+from fxp_layernorm.kernels.row_stage import row_scales
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 768, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 ROWS = tuple(1 << k for k in range(15))
@@ -28,32 +31,33 @@ _jit = njit(nogil=True, error_model="numpy")
 
 
 @_jit
-def moments(q, S, Q, exponents, constants, accumulator, in_bytes, in_words):  # type: ignore[no-untyped-def]
+def moments(q, n, S, Q, exponents, constants, accumulator, in_bytes, in_words):  # type: ignore[no-untyped-def]
     """Run the first pass alone."""
     vectors.widest()
-    zero_point, chunk, split, height = constants[0], constants[8], constants[10] != 0, constants[12]
-    for i in range(S.size):
-        S[i], Q[i] = kernels.moments(
-            q, i, q.shape[1], zero_point, exponents, accumulator, chunk, split, in_bytes, in_words, height
-        )
+    for start in range(0, len(q), 64):
+        rows = slice(start, start + 64)
+        count = min(64, len(q) - start)
+        first_pass(q, start, count, n, exponents, constants, accumulator, in_bytes, in_words, S[rows], Q[rows])
 
 
 @_jit
-def row_stage(S, Q, R, M, n, m, x, h, E, cut, outer):  # type: ignore[no-untyped-def]
+def row_stage(S, Q, R, M, X, N, n, exponents, constants, outer, short):  # type: ignore[no-untyped-def]
     """Run the row stage alone."""
     vectors.widest()
-    for i in range(S.size):
-        R[i], M[i] = kernels.row_scale(S[i], n * Q[i] - S[i] * S[i], n, m, x, h, E, cut, True, outer)
+    R[:], M[:] = S, Q
+    for start in range(0, S.size, 64):
+        rows = slice(start, min(start + 64, S.size))
+        row_scales(rows.stop - start, n, exponents, constants, outer, short, R[rows], M[rows], X[rows], N[rows])
 
 
 @_jit
-def elements(q, out, exponents, G, B, R, M, constants, ends, words, longs):  # type: ignore[no-untyped-def]
+def elements(q, out, exponents, G, B, R, M, X, N, constants, ends, words, longs):  # type: ignore[no-untyped-def]
     """Run the second pass alone."""
     vectors.widest()
-    for start in range(0, R.size, 64):
-        rows = slice(start, min(start + 64, R.size))
-        count = rows.stop - start
-        kernels.second_pass(q, out, start, count, exponents, G, B, R[rows], M[rows], constants, ends, words, longs)
+    for start in range(0, len(q), 64):
+        rows = slice(start, start + 64)
+        count, x, y = min(64, len(q) - start), X[rows], N[rows]
+        second_pass(q, out, start, count, exponents, G, B, R[rows], M[rows], x, y, constants, ends, words, longs)
 
 
 def fastest(call: Callable[[], object], seconds: float = 0.2) -> float:
@@ -79,13 +83,12 @@ def stages(pairing: Pairing, n: int) -> dict[str, float]:
     rows = max(ELEMENTS // n, 8)
     q, norm = codes_and_norm(pairing, rows, n)
     out = norm(q)
-    exponents, G, B, constants, accumulator, outer, ends, in_bytes, in_words, words, longs = norm._arguments
-    m, x, h, E, cut = (int(value) for value in constants[1:6])
-    S, Q, R, M = np.zeros((4, rows), dtype=np.int64)
+    exponents, G, B, constants, accumulator, outer, ends, short, in_bytes, in_words, words, longs = norm._arguments
+    S, Q, R, M, X, N = np.zeros((6, rows + 7 & -8), dtype=np.int64)
     calls: dict[str, Callable[[], object]] = {
-        "moments": lambda: moments(q, S, Q, exponents, constants, accumulator, in_bytes, in_words),
-        "row stage": lambda: row_stage(S, Q, R, M, n, m, x, h, E, cut, outer),
-        "elements": lambda: elements(q, out, exponents, G, B, R, M, constants, ends, words, longs),
+        "moments": lambda: moments(q, n, S, Q, exponents, constants, accumulator, in_bytes, in_words),
+        "row stage": lambda: row_stage(S, Q, R, M, X, N, n, exponents, constants, outer, short),
+        "elements": lambda: elements(q, out, exponents, G, B, R, M, X, N, constants, ends, words, longs),
         "call": lambda: norm(q, out=out, threads=1),
         "copy": lambda: np.copyto(out, q, casting="unsafe"),
     }

@@ -38,15 +38,18 @@ def kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
     height = _word_height(spec)
     words = None if height is None else _word_tables(spec, height)
     longs = _long_tables(spec)
-    # what the codes are less in the vectors, unless that is done channel by channel
-    unsigned = not added and exponents is None and spec.input.dtype.numpy.kind == "u"
-    middle = 1 << (bits - 1)
-    base = middle * unsigned if longs is None else middle * (unsigned - 1)
+    # what the codes are less in the sums and, in words, in the products, unless that is done channel by channel
+    unsigned, middle = spec.input.dtype.numpy.kind == "u", 1 << (bits - 1)
+    plain = not added and exponents is None
+    origin = 0 if not plain else middle * unsigned if bits > 8 else middle * (unsigned - 1)
+    base = middle if words is not None and plain and unsigned else 0
+    rises = (0, 0) if height is None else (16 - spec.s1 - height, 16 - spec.s1)
+    limit = _word_limit(spec)
     constants = (
         spec.input.zero_point if exponents is None and not added else 0, spec.m, spec.K + spec.h, spec.h, spec.E,
         proof.reciprocal_bits(spec.n) if spec.lane == 64 else 63,
         spec.s1, spec.s2, min(chunk, spec.n), spec.kind is NormKind.LAYERNORM, split,
-        _word_limit(spec), height or 0, base,
+        limit, _carry(spec), base, min(limit, (1 << 15) >> rises[0]), origin, *rises,
     )  # fmt: skip
     ends = spec.output.lo, spec.output.hi
     return (
@@ -57,8 +60,9 @@ def kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
         np.zeros(0, dtype=np.int64 if wide else np.int32),
         np.array([spec.A, spec.l], dtype=np.int64) if spec.A else None,
         None if ends == type_ends(spec.output.dtype.numpy) else np.array(ends, dtype=np.int64),
+        True if lane is np.int32 and spec.m <= 26 else None,
         True if bits == 8 and exponents is None and not added else None,
-        _word_sums(spec, words),
+        _word_sums(spec),
         words,
         longs,
     )
@@ -66,12 +70,12 @@ def kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
 
 def column_arguments(spec: LayerNormSpec, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what `kernels.run_columns` takes: it sums the squares of u itself, in one part."""
-    exponents, G, B, constants, _, outer, ends, *_ = arguments
+    exponents, G, B, constants, _, outer, ends, short, *_ = arguments
     square = max(spec.row_stage.codes.largest, 1) ** 2
     wide = 64 * square >= 1 << 31
     constants = constants.copy()
     constants[8] = spec.n if wide else min(((1 << 31) - 1) // square, spec.n)
-    return exponents, G, B, constants, np.zeros(0, dtype=np.int64 if wide else np.int32), outer, ends
+    return exponents, G, B, constants, np.zeros(0, dtype=np.int64 if wide else np.int32), outer, ends, short
 
 
 def adder_arguments(spec: LayerNormSpec) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -116,7 +120,7 @@ def _word_height(spec: LayerNormSpec) -> int | None:
         return None if exponents or not words else 0
     if spec.input.channels is None:  # then words are codes, and zero points wait in M
         return min(8, 16 - spec.s1)
-    heights = range(min(8 - max(spec.input.channel_exponents(spec.n)), 16 - spec.s1), -1, -1)
+    heights = range(min(7 - max(spec.input.channel_exponents(spec.n)), 16 - spec.s1), -1, -1)
     return next((k for k in heights if low << k >= -(1 << 15) and high << k < 1 << 15), None)
 
 
@@ -130,30 +134,52 @@ def _word_limit(spec: LayerNormSpec) -> int:
 def _word_tables(spec: LayerNormSpec, height: int) -> _WordTables:
     """Return the tables of `kernels.word_elements`.
 
-    Words lie in the order of `vectors.code_words`; products take the even ones of 32 words before the odd ones.
+    Words lie in the order of `products.first_words` and `second_words`; products take the even ones of 32 words before
+    the odd ones.
     """
     bytes_in = spec.adder is None and spec.input.dtype.numpy.itemsize == 1
-    k = np.arange(BLOCK)
-    word = 4 * (k % 32 // 2) + 2 * (k % 2) + k // 32 if bytes_in else k
-    blocks = np.arange(0, spec.n - spec.n % BLOCK, BLOCK)[:, np.newaxis]
-    words = (blocks + word).reshape(-1)
-    products = (blocks + word.reshape(2, 16, 2).transpose(0, 2, 1).reshape(-1)).reshape(-1)
+    words = _order(spec.n, bytes_in)
+    products = words.reshape(-1, 16, 2).transpose(0, 2, 1).reshape(-1)
     G = np.stack([np.zeros(len(products)), np.array(spec.G, dtype=np.float64)[products]], axis=1).reshape(-1)
     tables = _aligned(G, np.int16), _aligned(_offsets(spec)[products], np.int32)
     if not bytes_in or (height == 8 and spec.input.channels is None):
         return *tables, None, None
-    shifts = (8 - height - np.array(spec.input.channel_exponents(spec.n)))[words]
-    zero = (spec.input.channel_zeros(spec.n) - 128 * (spec.input.dtype.numpy.kind == "u"))[words]
-    if spec.input.channels is None or not zero.any():
-        return *tables, _aligned(shifts, np.int16), None
-    return *tables, _aligned(shifts, np.int16), _aligned(zero << (8 - shifts), np.int16)
+    return *tables, *_weights(spec, words, height)
 
 
-def _word_sums(spec: LayerNormSpec, words: _WordTables | None) -> tuple[_Array | None, _Array | None] | None:
-    """Return the shifts and zeros that make words of codes for `kernels.word_moments`; None if it can't hold them."""
-    if spec.input.channels is not None and spec.adder is None:
-        return None if words is None else words[2:]
-    return (None, None) if spec.adder is None and spec.input.dtype.numpy.itemsize == 2 else None
+def _order(n: int, bytes_in: bool) -> npt.NDArray[np.int64]:
+    """Return the channels of whole blocks in the order of `products.first_words` and `second_words`."""
+    k = np.arange(BLOCK)
+    word = 4 * (k % 32 // 2) + 2 * (k % 2) + k // 32 if bytes_in else k
+    return (np.arange(0, n - n % BLOCK, BLOCK)[:, np.newaxis] + word).reshape(-1)
+
+
+def _weights(spec: LayerNormSpec, words: npt.NDArray[np.int64], height: int) -> tuple[_Array, _Array | None]:
+    """Return the weights that make words of codes by `products.weighted_words`, and what is less then, or None."""
+    weights = np.left_shift(1, np.array(spec.input.channel_exponents(spec.n))[words] + height)
+    # of a word's two bytes the first is that of the first vector's codes
+    pairs = np.zeros((len(words) // 32, 32, 2), dtype=np.int64)
+    pairs[0::2, :, 0], pairs[1::2, :, 1] = weights.reshape(-1, 2, 32).transpose(1, 0, 2)
+    zeros = (spec.input.channel_zeros(spec.n) - 128 * (spec.input.dtype.numpy.kind == "u"))[words] * weights
+    less = None if spec.input.channels is None or not zeros.any() else _aligned(zeros, np.int16)
+    return _aligned(pairs.reshape(-1), np.uint8), less
+
+
+def _word_sums(spec: LayerNormSpec) -> tuple[_Array | None, _Array | None] | None:
+    """Return the weights and zeros that make words of codes for `kernels.run`'s sums; None if words can't hold them."""
+    if spec.adder is not None:
+        return None
+    if spec.input.channels is None:
+        return (None, None) if spec.input.dtype.numpy.itemsize == 2 else None
+    if spec.input.dtype.numpy.itemsize > 1 or max(spec.input.channel_exponents(spec.n)) > 7:
+        return None
+    return _weights(spec, _order(spec.n, True), 0)
+
+
+def _carry(spec: LayerNormSpec) -> int:
+    """Return how many codes' squares `kernels.run` sums in 16 lanes of 32 bits, where there are channel exponents."""
+    largest = max(spec.row_stage.codes.largest, 1)
+    return min(((1 << 32) - 1) // largest**2 * 16, 1 << 15) & -BLOCK
 
 
 def _long_tables(spec: LayerNormSpec) -> tuple[_Array, _Array] | None:

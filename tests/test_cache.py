@@ -56,7 +56,7 @@ def test_an_edit_of_a_primitive_is_never_answered_from_the_cache(copy: Path, tmp
     assert cached
     assert python(RUN, env) == before
     assert sorted((tmp_path / "cache").rglob("*.nbc")) == cached
-    source = copy / "fxp_layernorm" / "kernels.py"
+    source = copy / "fxp_layernorm" / "kernels" / "row_stage.py"
     text = source.read_text(encoding="utf-8")
     edited = text.replace("r = np.int64(np.sqrt(np.float64(w)))", "r = np.int64(np.sqrt(np.float64(w))) * 2")
     assert edited != text
@@ -68,10 +68,10 @@ def test_nor_is_an_edit_of_the_vectors(copy: Path, tmp_path: Path) -> None:
     env = environment(copy, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
     python(CHECK, env)
     before = {path.name for path in (tmp_path / "cache").rglob("*.nbc")}
-    with (copy / "fxp_layernorm" / "vectors.py").open("a", encoding="utf-8") as source:
+    with (copy / "fxp_layernorm" / "kernels" / "vectors.py").open("a", encoding="utf-8") as source:
         source.write("# an edit\n")
     python(CHECK, env)
-    kernels = {path.name for path in (tmp_path / "cache").rglob("kernels.run*.nbc")}
+    kernels = {path.name for path in (tmp_path / "cache").rglob("drivers.run*.nbc")}
     assert len(kernels - before) == len(kernels & before) > 0
 
 
@@ -84,7 +84,7 @@ def test_a_process_with_a_warm_cache_compiles_nothing(copy: Path, tmp_path: Path
 
 def test_a_read_only_installation_works(copy: Path, tmp_path: Path) -> None:
     # a file where a folder is needed stops even root from writing there
-    (copy / "fxp_layernorm" / "__pycache__").touch()
+    (copy / "fxp_layernorm" / "kernels" / "__pycache__").touch()
     home = tmp_path / "home"
     home.mkdir()
     python(CHECK, environment(copy, HOME=str(home), XDG_CACHE_HOME=str(home)))
@@ -92,7 +92,7 @@ def test_a_read_only_installation_works(copy: Path, tmp_path: Path) -> None:
 
 
 def test_without_any_writable_folder_the_kernel_is_compiled_each_time(copy: Path, tmp_path: Path) -> None:
-    (copy / "fxp_layernorm" / "__pycache__").touch()
+    (copy / "fxp_layernorm" / "kernels" / "__pycache__").touch()
     home = tmp_path / "home"
     home.touch()
     python(CHECK, environment(copy, HOME=str(home), XDG_CACHE_HOME=str(home)))

@@ -36,10 +36,10 @@ def boundaries(limit: int) -> list[int]:
 
 
 @njit
-def _roots(values: Any) -> Any:
+def _roots(values: Any, short: Any = None) -> Any:
     out = np.empty_like(values)
     for k in range(values.size):
-        out[k] = kernels.isqrt(values[k])
+        out[k] = kernels.isqrt(values[k], short)
     return out
 
 
@@ -52,10 +52,10 @@ def _bits(values: Any) -> Any:
 
 
 @njit
-def _reciprocals(values: Any, n: int, m: int, x: int, cut: int) -> Any:
+def _reciprocals(values: Any, n: int, m: int, x: int, cut: int, short: Any) -> Any:
     out = np.empty((values.size, 2), dtype=np.int64)
     for k in range(values.size):
-        out[k] = kernels.reciprocal_root(values[k], n, m, x, cut, None)
+        out[k] = kernels.reciprocal_root(values[k], n, m, x, cut, None, short)
     return out
 
 
@@ -89,6 +89,14 @@ def test_isqrt_of_the_squares_that_a_float_cannot_tell_apart() -> None:
     assert (np.floor(np.sqrt((k * k - 1).astype(np.float64))) == k).any()
 
 
+def test_short_roots_need_no_correction() -> None:
+    """Of every square of 26 bits at most that a float might round up to, and around; beyond them it goes astray."""
+    k = np.concatenate([np.arange(1, 1 << 20), np.arange((1 << 26) - (1 << 20), 1 << 26)])
+    for d in (-1, 0, 1):
+        np.testing.assert_array_equal(_roots(k * k + d, True), k - (d < 0))
+    assert _roots(np.array([((1 << 27) + 1) ** 2 - 1]), True) == [(1 << 27) + 1]
+
+
 @pytest.mark.parametrize("shift", [0, 7, 16, 31, 46, 47])
 def test_bit_length_of_every_16_bit_mantissa(shift: int) -> None:
     values = mantissas(shift)
@@ -108,7 +116,12 @@ def expected_reciprocals(values: list[int], stage: str) -> list[tuple[int, int]]
 
 def found_reciprocals(values: list[int], stage: str) -> list[tuple[int, int]]:
     n, m, x, cut = STAGES[stage]
-    pairs = _reciprocals(np.array(values, dtype=np.int64), n, m, x, 63 if cut is None else cut)
+    array, cut = np.array(values, dtype=np.int64), 63 if cut is None else cut
+    pairs = _reciprocals(array, n, m, x, cut, None)
+    if m <= 26:  # then, from some V on, R is small enough for the short way
+        short = pairs[:, 1] < (1 << 31) - 1
+        assert short.any()
+        np.testing.assert_array_equal(_reciprocals(array[short], n, m, x, cut, True), pairs[short])
     return [(r, R) for r, R in pairs.tolist()]
 
 
@@ -140,10 +153,10 @@ def test_the_root_fills_its_bits_and_the_reciprocal_is_nearest(stage: str) -> No
 
 
 @njit
-def _quotients(values: Any, divisor: int) -> Any:
+def _quotients(values: Any, divisor: int, short: Any = None) -> Any:
     out = np.empty_like(values)
     for k in range(values.size):
-        out[k] = kernels.floor_divide(values[k], divisor, 1.0 / divisor)
+        out[k] = kernels.floor_divide(values[k], divisor, 1.0 / divisor, short)
     return out
 
 
@@ -162,3 +175,6 @@ def test_floor_divide_at_every_boundary(divisor: int) -> None:
     near += [k * divisor + d for k in near if k * divisor < limit - 1 for d in (-1, 0, 1)]
     values = [sign * v for v in near for sign in (1, -1)]
     assert _quotients(np.array(values, dtype=np.int64), divisor).tolist() == [v // divisor for v in values]
+    if divisor < 1 << 31:
+        values = [v for v in values if abs(v // divisor) < (1 << 31) - 1]
+        assert _quotients(np.array(values, dtype=np.int64), divisor, True).tolist() == [v // divisor for v in values]

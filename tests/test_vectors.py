@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fxp_layernorm import arguments, kernels
+from fxp_layernorm.kernels import elements, moments
 
 SSE2 = "+64bit,+cmov,+cx16,+sse,+sse2"
 AVX2 = f"{SSE2},+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+fma,+lzcnt"
@@ -63,5 +64,5 @@ def test_other_instructions_give_the_same_codes(
 
 def test_kernels_and_arguments_agree_on_the_size_of_a_block() -> None:
     assert arguments.BLOCK == kernels.BLOCK
-    assert kernels.TILE % kernels.BLOCK == 0
-    assert kernels.CARRY % kernels.BLOCK == 0
+    assert elements.TILE % kernels.BLOCK == 0
+    assert moments.CARRY % kernels.BLOCK == 0
