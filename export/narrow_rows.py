@@ -238,6 +238,9 @@ class Rows:
                 if total.high + summand.high >= LIMIT and not last:
                     high, summand = arithmetic.split(summand)
                     above.append(high)
+                if total.high + summand.high >= LIMIT and not last:
+                    high, total = arithmetic.split(total)
+                    above.append(high)
                 total = arithmetic.add(total, summand)
             if constant:
                 total = arithmetic.add(total, arithmetic.param(f"{name}_{index}", constant))

@@ -110,6 +110,18 @@ def test_rows_of_equal_integers_with_large_exponents(kind: NormKind, word: str) 
 
 
 @WORDS
+@pytest.mark.parametrize("n", [384, 512])
+def test_groups_of_squares_that_just_fit(word: str, n: int) -> None:
+    exponents = np.minimum(np.random.default_rng(3).geometric(0.6, n) - 1, 4)
+    zeros = (-128, *[0] * (n - 1))
+    spec = fxp.plan(
+        layer_of(NormKind.LAYERNORM, n), fxp.QuantParams("int8", 0.05, zeros, exponents), params_of("int8"),
+        hardware="carried24",
+    )  # fmt: skip
+    magnitudes_and_codes(spec, word)
+
+
+@WORDS
 @CONSUMERS
 def test_one_product_with_channels_that_saturate(run: Run, word: str) -> None:
     """Gains of 0, of the largest size, and offsets beyond the output's codes to either side."""
