@@ -75,7 +75,7 @@ def test_codes_narrower_than_their_array(types: tuple[str, str]) -> None:
 def test_types_of_the_border(opset: int, types: tuple[str, str]) -> None:
     """16-bit QuantizeLinear came with opset 21; below it the border is spelled out, with the same codes."""
     model, data = model_with_norms(opset=opset, ir_version=10), feeds()
-    exported, params = replaced(model, data, input=types[0], output=types[1])
+    exported, params = replaced(model, data, input=types[0], output=types[1], symmetric=True)
     assert export.verify(model, exported, params, Feeds(data)).exact
     operators = {node.op_type for node in exported.graph.node}
     assert ("QuantizeLinear" in operators) == (opset == 21 or types[0] == "uint8")
@@ -167,7 +167,7 @@ def test_inspect_says_why_a_norm_stays() -> None:
 
 def test_verify_sees_a_changed_code_and_a_changed_border() -> None:
     model, data = model_with_norms(), feeds()
-    exported, params = replaced(model, data, "function")
+    exported, params = replaced(model, data, "function", symmetric=True)
     offsets = next(tensor for tensor in exported.graph.initializer if tensor.name == "norm1/B")
     changed = numpy_helper.to_array(offsets).copy()
     changed[3] += 1 << (params.norms[1].spec.s2 - 2)  # a quarter of an LSB in one channel
@@ -177,7 +177,7 @@ def test_verify_sees_a_changed_code_and_a_changed_border() -> None:
     assert [norm.mismatches > 0 for norm in result.norms] == [False, True]
     assert result.norms[1].border_mismatches == 0
 
-    exported, params = replaced(model, data, "function")
+    exported, params = replaced(model, data, "function", symmetric=True)
     quantize = next(node for node in exported.graph.node if node.op_type == "QuantizeLinear")
     scale = next(node for node in exported.graph.node if node.output[0] == quantize.input[1])
     value = numpy_helper.to_array(scale.attribute[0].t) * np.float32(1.001)
@@ -187,7 +187,7 @@ def test_verify_sees_a_changed_code_and_a_changed_border() -> None:
     assert [norm.mismatches for norm in result.norms] == [0, 0]
     assert result.norms[0].border_mismatches > 0
 
-    exported, params = replaced(model, data, "function")
+    exported, params = replaced(model, data, "function", symmetric=True)
     place = export.exported_norms(export.load_model(exported))[0]
     producer = next(node for node in exported.graph.node if place.output in node.output)
     scale = next(node for node in exported.graph.node if producer.input[1] in node.output)

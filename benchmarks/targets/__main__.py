@@ -192,7 +192,9 @@ def version(python: Path, package: str) -> str:
 
 def shorten(error: str, folder: str) -> str:
     """Return the telling part of a message, without what differs from run to run."""
+    error = re.split(r"Stack backtrace|\bstack backtrace", error)[0]
     text = " ".join(error.replace(folder, "").replace("|", "/").split())
+    text = re.sub(r"OK \([0-9.]+s\)|idx=-?\d+|#\d+ |\b(node_\w+?)_\d+\b", r"\1", text)  # what differs by model
     text = re.sub(r"_[0-9a-f]{8}\b|_[0-9a-f]{8}(?=_)|[0-9.]+ KiB|[0-9a-f]{64}", "", text)  # a function's hash, sizes
     return text if len(text) <= 160 else f"{text[:70]} ... {text[-85:]}"
 
