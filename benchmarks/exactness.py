@@ -114,6 +114,9 @@ def configurations(n: int) -> Iterator[Configuration]:
         yield Configuration(f"8 -> 8, lane {lane}", in8, out8, {"lane": lane})
     for lane in (24, 32):
         yield Configuration(f"8 -> 8, exponents up to 7, lane {lane}", spread("int8", 7), out8, {"lane": lane})
+    zeros = tuple(np.random.default_rng(n + 2).integers(-100, 101, n).tolist())
+    own = replace(spread("int8", 7), zero_point=zeros), replace(out8, zero_point=zeros)
+    yield Configuration("8 -> 8, the same and a zero point a channel on both sides", *own, {"lane": 32})
     for lane in (24, 32):
         yield Configuration(f"16 -> 8, lane {lane}", in16, out8, {"lane": lane})
     for lane in (32, 64):
@@ -148,7 +151,7 @@ class Search:
         self.codes: list[Integers] = []
         for params in spec.operands:  # of any size, around any value: what a row needs is found by climbing
             width = (params.hi - params.lo) * 2.0 ** -rng.uniform(0, params.dtype.bits, (rows, 1))
-            centre = rng.choice([params.zero_point, params.lo, params.hi], (rows, 1))
+            centre = np.choose(rng.integers(0, 3, (rows, 1)), [params.channel_zeros(spec.n), params.lo, params.hi])
             self.codes.append(_clip(params, centre + width * rng.standard_normal((rows, spec.n))))
         self.start(spec)
 
@@ -192,7 +195,8 @@ class Search:
         moved = old[which] + np.rint(width * rng.standard_normal((rows, count)))
         near = old[which] + rng.choice([-1, 1], (rows, count))
         kind = rng.random((rows, 1))
-        end = rng.choice([params.lo, params.hi, params.zero_point], (rows, count))
+        zeros = params.channel_zeros(n)[channels]
+        end = np.choose(rng.integers(0, 3, (rows, count)), [params.lo, params.hi, zeros])
         new[which] = _clip(params, np.where(kind < 0.5, near, np.where(kind < 0.95, moved, end)))
         before, after = self.integers(old, channels), self.integers(new, channels)
         S = self.S + (after - before).sum(axis=1)
