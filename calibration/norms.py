@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..axes import from_rows
+from ..axes import stacked
 from ..errors import DataError, InputError
 from ..layer import LayerNorm, RMSNorm
 from ..quantization import LARGEST_SCALE
@@ -147,9 +147,7 @@ class NormObserver(Observer):
 
 def shaped(layer: LayerNorm | RMSNorm, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return rows of shape (rows, n) as an array that the layer takes, with the rows along its first dimension."""
-    sizes = dict(zip(layer.axes, layer.normalized_shape, strict=True))
-    shape = (len(rows), *(sizes.get(axis, 1) for axis in range(layer.axes[0], 0)))
-    return from_rows(rows, shape, layer.axes)
+    return stacked(rows, layer.normalized_shape, layer.axes)
 
 
 def _single_or_double(rows: Rows) -> Rows:

@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from .. import files
+from ..axes import row_shape
 from ..errors import DataError, FxpError, SpecFileError
 from ..layer import LayerNorm, RMSNorm
 from ..runtime import Feed, FeedHash, Session, load_external_data
@@ -103,7 +104,9 @@ class Job:
         with self._lock:
             if self._session is None:
                 shapes = {
-                    value: norm.layer.normalized_shape for norm in self.norms for value in (norm.input, norm.output)
+                    value: row_shape(norm.layer.normalized_shape, norm.layer.axes)
+                    for norm in self.norms
+                    for value in (norm.input, norm.output)
                 }
                 self._session = Session(self.model, shapes, threads=1)
             return self._session

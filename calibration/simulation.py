@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from ..axes import row_shape
 from ..export import fused
 from ..export.loading import Model, load_model
 from ..export.norms import Norm, find_norms
@@ -116,9 +117,7 @@ class _SideInputs:
 
     def __init__(self, name: str, layer: LayerNorm | RMSNorm) -> None:
         self._n = layer.n
-        self._shape = [1] * -layer.axes[0]
-        for axis, size in zip(layer.axes, layer.normalized_shape, strict=True):
-            self._shape[axis] = size
+        self._shape = row_shape(layer.normalized_shape, layer.axes)
         shapes = dict.fromkeys(("step", "low", "high"), ir.Shape(self._shape))
         self.values = [
             ir.Value(name=f"{name}/{part}", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from ..axes import row_shape
 from ..quantization import QuantParams
 from ..spec import LayerNormSpec
 from .floating import constant
@@ -58,19 +59,13 @@ def _shared_scale(params: QuantParams) -> np.float32:
 def _zeros(spec: LayerNormSpec, params: QuantParams) -> npt.NDArray[np.float32]:
     """Return the zero point of all channels, or those of the channels."""
     zeros = np.asarray(params.zero_point, dtype=np.float32)
-    return zeros.reshape(_broadcast(spec)) if zeros.ndim else zeros
+    return zeros.reshape(row_shape(spec.normalized_shape, spec.axes)) if zeros.ndim else zeros
 
 
 def _scales(spec: LayerNormSpec, params: QuantParams) -> npt.NDArray[np.float32]:
-    return params.channel_steps(spec.n).astype(np.float32).reshape(_broadcast(spec))
+    return params.channel_steps(spec.n).astype(np.float32).reshape(row_shape(spec.normalized_shape, spec.axes))
 
 
 def _powers(spec: LayerNormSpec, params: QuantParams, sign: int) -> npt.NDArray[np.float32]:
     exponents = np.array(params.channel_exponents(spec.n), dtype=np.float32)
-    return np.exp2(sign * exponents).reshape(_broadcast(spec))
-
-
-def _broadcast(spec: LayerNormSpec) -> list[int]:
-    """Return the shape of what differs by channel: that of a norm's input from the first normalized dimension on."""
-    sizes = dict(zip(spec.axes, spec.normalized_shape, strict=True))
-    return [sizes.get(axis, 1) for axis in range(spec.axes[0], 0)]
+    return np.exp2(sign * exponents).reshape(row_shape(spec.normalized_shape, spec.axes))

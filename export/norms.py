@@ -84,10 +84,7 @@ def find_norms(model: ir.Model) -> list[Norm]:
         inner = _unobservable(around)
         fused_nodes = [node for node in graph if fused.kind(node) is not None]
         norms = [_norm(node, _name(node, names)) for node in fused_nodes]
-        norms += [
-            _decomposed(region, _name(region.nodes[-1], names), inside=bool(around))
-            for region in find_decomposed(graph, evaluator)
-        ]
+        norms += [_decomposed(region, _name(region.nodes[-1], names)) for region in find_decomposed(graph, evaluator)]
         found += norms if inner is None else [replace(norm, layer=None, blocker=inner) for norm in norms]
     order = {node: index for index, node in enumerate(model.graph.all_nodes())}
     found.sort(key=lambda norm: order[norm.nodes[-1]])
@@ -118,9 +115,6 @@ def _unobservable(around: tuple[ir.Node, ...]) -> str | None:
     for node in around:
         if node.op_type not in CONTROL_FLOW or node.domain not in ("", "ai.onnx"):
             return f"it is in a body of a {node.op_type} node, whose values can't be observed"
-    operators = [node.op_type for node in around]
-    if "Scan" in operators and set(operators[operators.index("Scan") :]) != {"Scan"}:
-        return f"it is in a body of a {operators[-1]} node within a Scan, whose values can't be observed"
     return None
 
 
@@ -164,15 +158,17 @@ def _norm(node: ir.Node, name: str) -> Norm:
     )  # fmt: skip
 
 
-def _decomposed(region: Decomposed, name: str, *, inside: bool) -> Norm:
-    last = region.axes == tuple(range(-len(region.axes), 0))
+def _decomposed(region: Decomposed, name: str) -> Norm:
+    last = region.axes == tuple(range(-len(region.axes), 0))  # others are transposed, for which the rank must be known
     blocker: str | None = None
     if region.used_elsewhere is not None:
         blocker = f"its inner value {region.used_elsewhere!r} is used elsewhere"
     elif not region.shape:
         blocker = "the size of the normalized dimensions is not known"
-    elif not last and inside:
-        blocker = f"its axes {', '.join(map(str, region.axes))} are not the last, and it is in a body"
+    elif not last and region.input.shape is None:
+        blocker = (
+            f"its axes {', '.join(map(str, region.axes))} are not the last, and the rank of its input is not known"
+        )
     layer = None
     if blocker is None:
         gamma, beta = (parameter.reshape(region.shape) for parameter in (region.gamma, region.beta))

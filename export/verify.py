@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..axes import to_rows
+from ..axes import row_shape, to_rows
 from ..errors import DataError, InputError, ModelError
 from ..inference import FxpLayerNorm
 from ..params import ModelParams
@@ -194,7 +194,11 @@ class Verifier:
         self._results: Iterator[Feed] | None = None
         if results is None:
             self._session = Session(
-                model, {name: specs[norm].normalized_shape for name, norm in compared_values(self._places)}
+                model,
+                {
+                    name: row_shape(specs[norm].normalized_shape, specs[norm].axes)
+                    for name, norm in compared_values(self._places)
+                },
             )
         else:
             self._results = iter(results)
@@ -318,7 +322,8 @@ class Verifier:
         spec, kernel = self._specs[place.name], self._kernels[place.name]
         if self._session is not None:
             codes_of = (place.codes_in, place.codes_out, place.residual)
-            shapes = {name: spec.normalized_shape for name in codes_of if name is not None}
+            row = row_shape(spec.normalized_shape, spec.axes)
+            shapes = {name: row for name in codes_of if name is not None}
             shapes |= {name: (spec.n if letter[0] in "ut" else 1,) for letter, name in stages.items()}
             values = Session(self._model, shapes).run(feed)
         got = _rows(values[place.codes_out], spec)

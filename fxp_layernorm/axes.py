@@ -43,6 +43,12 @@ def check_shape(shape: Shape, normalized_shape: Shape, axes: Shape) -> None:
         raise InputError(f"an array of shape {shape} was given; {place} must be {normalized_shape}")
 
 
+def row_shape(normalized_shape: Shape, axes: Shape) -> Shape:
+    """Return the shape of one row as it lies in an array, from the first normalized dimension on; 1 in the others."""
+    sizes = dict(zip(axes, normalized_shape, strict=True))
+    return tuple(sizes.get(axis, 1) for axis in range(axes[0], 0))
+
+
 def to_rows(array: npt.NDArray[Any], normalized_shape: Shape, axes: Shape) -> npt.NDArray[Any]:
     """Return an array as rows of shape (rows, n): a view where the axes are the last, in C order; else a copy.
 
@@ -66,8 +72,7 @@ def from_rows(rows: npt.NDArray[Any], shape: Shape, axes: Shape) -> npt.NDArray[
 
 def stacked(rows: npt.NDArray[Any], normalized_shape: Shape, axes: Shape) -> npt.NDArray[Any]:
     """Return rows as an array of as few dimensions as its axes take, a row for each index of the first."""
-    sizes = dict(zip(axes, normalized_shape, strict=True))
-    return from_rows(rows, (len(rows), *(sizes.get(axis, 1) for axis in range(axes[0], 0))), axes)
+    return from_rows(rows, (len(rows), *row_shape(normalized_shape, axes)), axes)
 
 
 def long_rows(array: npt.NDArray[Any], dims: int) -> npt.NDArray[Any] | None:

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from fxp_layernorm import ModelError, export
 from fxp_layernorm.calibration import ModelCalibration, calibrate_model
 from fxp_layernorm.exposure import expose
-from fxp_layernorm.runtime import Feeds
+from fxp_layernorm.runtime import Feeds, Session
 
 N = 16
 RNG = np.random.default_rng(11)
@@ -23,7 +23,8 @@ PARAMETERS = {
     **{f"beta{i}": (0.2 * RNG.normal(size=N)).astype(np.float32) for i in range(3)},
     "weight": RNG.normal(size=N).astype(np.float32),
     "two": np.float32(2), "eps": np.float32(1e-5), "one": np.int64(1), "last": np.array([-1]),
-    "first": np.array([0]), "start": np.zeros(N, dtype=np.float32),
+    "first": np.array([0]), "wide": np.array([-1, N]), "blocks": np.array([2, 3, N]), "rows": np.array([6, N]),
+    "start": np.zeros(N, dtype=np.float32),
 }  # fmt: skip
 
 #: A norm of IN into OUT with the parameters I, spelled out and as a node.
@@ -189,17 +190,55 @@ def test_branch_that_never_runs_stays_float() -> None:
     assert export.verify(model, exported, params, Feeds(data(**CONDITION))).exact
 
 
-def test_what_cannot_be_observed_says_so() -> None:
+#: A node with bodies whose body normalizes IN into OUT, or holds such a node itself; its rows vary with the pass.
+AROUND = {
+    "If": "bI = Constant<value_float = 0.0>() eI = ReduceMax<keepdims = 0>(IN) cI = Greater(eI, bI) "
+    "OUT = If (cI) <then_branch = tI () => (float[rtI, 16] otI) { iI = Mul(IN, weight) INNER otI = Identity(kI) }, "
+    "else_branch = fI () => (float[reI, 16] ofI) { ofI = Tanh(IN) }>",
+    "Loop": "rI = ReduceMean<keepdims = 0>(IN) pI = Abs(rI) qI = Ceil(pI) nI = Cast<to = 7>(qI) OUT = Loop (nI, , IN) "
+    "<body = lI (int64 mI, bool cI, float[rsI, 16] iI) => (bool coI, float[roI, 16] soI) "
+    "{ coI = Identity(cI) INNER soI = Tanh(kI) }>",
+    "Scan": "zI = Unsqueeze(IN, first) wI, vI = Scan (IN, zI) <num_scan_inputs = 1, body = sI "
+    "(float[rsI, 16] stI, float[rsI, 16] xI) => (float[roI, 16] soI, float[rpI, 16] yI) "
+    "{ iI = Add(stI, xI) INNER soI = Tanh(kI) yI = Neg(kI) }> OUT = Squeeze(vI, first)",
+}
+
+
+@pytest.mark.parametrize("inmost", ["If", "Loop", "Scan"])
+@pytest.mark.parametrize("outer", [("If",), ("Loop",), ("Scan",), ("Scan", "Loop")])
+def test_bodies_in_bodies(outer: tuple[str, ...], inmost: str) -> None:
+    """Whatever is nested in what: rows of as many passes as there were."""
+    operators = (*outer, inmost)
+    text = norm(NODE, f"i{len(operators) - 1}", f"k{len(operators) - 1}")
+    for level in reversed(range(len(operators))):
+        source, target = (f"i{level - 1}", f"k{level - 1}") if level else ("x", "y")
+        around = AROUND[operators[level]]
+        for name, value in (("INNER", text), ("IN", source), ("OUT", target)):
+            around = re.sub(rf"\b{name}\b", value, around)
+        text = re.sub(r"\b([a-z]+)I\b", rf"\g<1>{level}", around)
+    check(model_of(text), [{"x": feed["x"] + shift} for feed in data() for shift in (-1, 4)], 1)
+
+
+def test_scan_that_becomes_a_loop() -> None:
+    """Inputs and outputs along other axes and backwards, and a state, are what they are as a Scan."""
+    inner = norm(NODE, "h", "t")
     model = model_of(
-        "last_state, y = Scan (start, x) <num_scan_inputs = 1, body = b (float[16] s, float[16] xi) => "
-        "(float[16] so, float[16] yi) { p = ReduceMax<keepdims = 0>(xi) q = Greater(p, eps) yi = If (q) <"
-        f"then_branch = t () => (float[16] t) {{ {norm(NODE, 'xi', 't')} }}, "
-        "else_branch = e () => (float[16] e) { e = Tanh(xi) }> so = Tanh(yi) }>"
+        "h1 = Unsqueeze(x, first) h2 = Transpose<perm = [1, 2, 0]>(h1) t2 = Tanh(h2) n2 = Neg(h2) "
+        "h3 = Concat<axis = -1>(h2, t2, n2) h4 = Transpose<perm = [2, 0, 1]>(h3) s, u, v, w = Scan (x, h3, h4) "
+        "<num_scan_inputs = 2, scan_input_axes = [-1, 0], scan_input_directions = [1, 0], "
+        "scan_output_axes = [-2, 0, 0], scan_output_directions = [1, 1, 0], "
+        "body = b (float[rows, 16] st, float[rows, 16] a, float[rows, 16] b) => "
+        "(float[rows, 16] so, float[rows, 16] yu, float[rows, 16] yv, float[rows, 16] yw) { h = Add(st, a) "
+        "p = ReduceMean<keepdims = 0>(h) q = Greater(p, eps) c = If (q) <"
+        f"then_branch = t1 () => (float[r1, 16] t) {{ {inner} }}, "
+        "else_branch = e1 () => (float[r2, 16] e) { e = Tanh(h) }> so = Add(c, b) yu = Mul(so, weight) yv = Neg(so) "
+        "yw = Tanh(so) }> k = Reshape(u, wide) j = Reshape(v, wide) f = Reshape(w, wide) "
+        "y = Concat<axis = 0>(k, j, f, s)",
     )
-    (found,) = export.find_norms(export.load_model(model))
-    assert found.blocker == "it is in a body of a If node within a Scan, whose values can't be observed"
-    with pytest.raises(ModelError, match="within a Scan"):
-        calibrate_model(model, Feeds(data()))
+    session, shown = Session(export.load_model(model)), Session(export.load_model(model), {"t": (N,)})
+    for feed in data():
+        np.testing.assert_array_equal(shown.run(feed)["y"], session.run(feed)["y"])
+    check(model, data(), 1)
 
 
 def test_expose_refuses_what_is_not_there() -> None:
@@ -249,3 +288,31 @@ def test_function_of_another_opset_says_so() -> None:
     (found,) = export.find_norms(export.load_model(model))
     assert found.name == "block/o"
     assert "another opset" in str(found.blocker)
+
+
+@pytest.mark.parametrize("axes", [(-2,), (-3, -1)])
+@pytest.mark.parametrize("kind", ["If", "Loop", "Scan"])
+def test_axes_that_are_not_the_last(kind: str, axes: tuple[int, ...]) -> None:
+    """Of each pass's values, the rows are observed, wherever they lie."""
+    spelled_out = (
+        f"m = ReduceMean<axes = {list(axes)}>(h) d = Sub(h, m) s = Mul(d, d) v = ReduceMean<axes = {list(axes)}>(s) "
+        "a = Add(v, eps) r = Sqrt(a) o = Div(d, r) "
+    )
+    body = {
+        "If": f"then_branch = t () => (float[2, 3, 16] o) {{ h = Mul(z, weight) {spelled_out} }}, "
+        "else_branch = e () => (float[2, 3, 16] e) { e = Tanh(z) }",
+        "Loop": "body = b (int64 i, bool ci, float[2, 3, 16] st) => (bool co, float[2, 3, 16] so) { co = Identity(ci) "
+        f"h = Mul(st, weight) {spelled_out} so = Add(o, z) }}",
+        "Scan": "num_scan_inputs = 1, body = b (float[2, 3, 16] st, float[16] xi) => (float[2, 3, 16] so) "
+        f"{{ h = Mul(z, xi) {spelled_out} so = Add(st, o) }}",
+    }[kind]
+    start = {"If": "If (c)", "Loop": "Loop (n, , z)", "Scan": "Scan (z, x)"}[kind]
+    model = model_of(
+        f"w = Reshape(x, blocks) z = Mul(w, w) k = {start} <{body}> y = Reshape(k, rows)",
+        inputs=", bool c" if kind == "If" else ", int64 n" if kind == "Loop" else "",
+    )
+    (found,) = export.find_norms(export.load_model(model))
+    assert found.axes == axes
+    more: dict[str, dict[str, Any]] = {"If": CONDITION, "Loop": {"n": [np.int64(2), np.int64(1)] * 2}, "Scan": {}}
+    feeds = [{**feed, "x": np.resize(feed["x"], (6, N))} for feed in data(**more[kind])]
+    check(model, feeds, 1)

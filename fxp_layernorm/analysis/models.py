@@ -10,6 +10,7 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ..axes import row_shape
 from ..errors import DataError, FxpError
 from ..export import Border, Norm, OutputCheck, find_norms, fitting_border, load_model, replace_norms
 from ..export.loading import Model
@@ -77,7 +78,9 @@ def analyze_model(
     borders = [fitting_border(found[norm.name], norm.spec) for norm in params.norms]
     operands = [_operands(norm, found[norm.name], border) for norm, border in zip(params.norms, borders, strict=True)]
     shapes = {
-        name: norm.spec.normalized_shape for norm, names in zip(params.norms, operands, strict=True) for name in names
+        name: row_shape(norm.spec.normalized_shape, norm.spec.axes)
+        for norm, names in zip(params.norms, operands, strict=True)
+        for name in names
     }
     session = Session(loaded, shapes)
     held: list[_Held] = []

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import files
-from ..axes import stacked
+from ..axes import row_shape, stacked
 from ..calibration import CalibrationOptions, Method, ModelCalibration, NormCalibration, NormObserver
 from ..calibration.layers import each_sample
 from ..errors import DataError, FxpError, InputError, ModelError
@@ -328,7 +328,7 @@ def _of_norm(model: Model, feeds: Feeds, name: str) -> tuple[_Evaluate, str, str
     norm = found[name]
     if norm.layer is None:
         raise ModelError(f"the norm {name!r} can't be replaced: {norm.blocker}")
-    session = Session(loaded, dict.fromkeys((norm.input, norm.output), norm.normalized_shape))
+    session = Session(loaded, dict.fromkeys((norm.input, norm.output), row_shape(norm.normalized_shape, norm.axes)))
     observer = NormObserver(norm.layer)
     for index, feed in enumerate(feeds):
         values = session.run(feed)
