@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..export.checks import OutputCheck
 from ..export.loading import Model
-from ..export.verify import OutputCheck
 from ..runtime import Feed, Feeds
 from .simulation import Sides, Simulation
 

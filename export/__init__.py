@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from .checks import NormCheck, OutputCheck, Verification
 from .diagnosis import CodeDifference, StageDifference
 from .loading import load_model
 from .model import Replacement, exported_norms, quantize_model, replace_norms
@@ -15,7 +16,7 @@ from .qdq import Border, find_border, fitting_border
 from .replacing import ExportedNorm
 from .standalone import to_onnx
 from .subgraph import Form, Word
-from .verify import NormCheck, OutputCheck, Verification, Verifier, verify
+from .verify import Verifier, verify
 from .writing import export_model
 
 __all__ = [

@@ -10,11 +10,18 @@ from onnx_ir.tape import Tape
 from ..axes import row_shape
 from ..quantization import QuantParams
 from ..spec import LayerNormSpec
-from .floating import constant
+from .graph import constant
+from .subgraph import Writing
 
 
-def quantize(tape: Tape, x: ir.Value, spec: LayerNormSpec, params: QuantParams, opset: int) -> ir.Value:
+def quantize(tape: Tape, x: ir.Value, spec: LayerNormSpec, params: QuantParams, writing: Writing) -> ir.Value:
     """Append ``clamp(round(x / 2**e / scale) + zero_point)``, as `QuantParams.quantize` computes it in float32."""
+    codes, shape = _quantized(tape, x, spec, params, writing), x.shape
+    codes.type, codes.shape = ir.TensorType(writing.codes(params)), shape
+    return codes
+
+
+def _quantized(tape: Tape, x: ir.Value, spec: LayerNormSpec, params: QuantParams, writing: Writing) -> ir.Value:
     op = tape.op
     if x.dtype != ir.DataType.FLOAT:
         x = op("Cast", [x], {"to": ir.DataType.FLOAT})
@@ -24,22 +31,24 @@ def quantize(tape: Tape, x: ir.Value, spec: LayerNormSpec, params: QuantParams, 
         x = op("Div", [x, constant(tape, _scales(spec, params))])
     dtype, scale = params.dtype.numpy, constant(tape, _shared_scale(params))
     whole = (params.lo, params.hi) == (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    whole = whole and isinstance(params.zero_point, int)
-    if whole and opset >= (13 if dtype.itemsize == 1 else 21):  # the first opset whose QuantizeLinear has the type
+    whole = whole and isinstance(params.zero_point, int) and writing.io is None
+    first = 13 if dtype.itemsize == 1 else 21  # the first opset whose QuantizeLinear has the type
+    if whole and writing.opset >= first:
         return op("QuantizeLinear", [x, scale, constant(tape, dtype.type(params.zero_point))])
     x = op("Add", [op("Round", [op("Div", [x, scale])]), constant(tape, _zeros(spec, params))])
     low, high = (constant(tape, np.float32(end)) for end in (params.lo, params.hi))
-    return op("Cast", [op("Clip", [x, low, high])], {"to": ir.DataType.from_numpy(dtype)})
+    return op("Cast", [op("Clip", [x, low, high])], {"to": writing.codes(params)})
 
 
 def dequantize(
-    tape: Tape, q: ir.Value, spec: LayerNormSpec, params: QuantParams, opset: int, dtype: ir.DataType | None
+    tape: Tape, q: ir.Value, spec: LayerNormSpec, params: QuantParams, writing: Writing, dtype: ir.DataType | None
 ) -> ir.Value:
     """Append ``(q - zero_point) * scale * 2**f``, as `QuantParams.dequantize` computes it, in the old output's type."""
     op = tape.op
     scale = constant(tape, _shared_scale(params))
     # the first opset whose DequantizeLinear has the type, and for 8 bits the first that ONNX's own reference runs
-    if opset >= (19 if params.dtype.numpy.itemsize == 1 else 21) and isinstance(params.zero_point, int):
+    first = 19 if params.dtype.numpy.itemsize == 1 else 21
+    if writing.io is None and writing.opset >= first and isinstance(params.zero_point, int):
         y = op("DequantizeLinear", [q, scale, constant(tape, params.dtype.numpy.type(params.zero_point))])
     else:
         y = op("Cast", [q], {"to": ir.DataType.FLOAT})

@@ -7,6 +7,7 @@ errors, with gamma_k = k*u / (1 - k*u) for k roundings of at most u = 2^-24 each
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,23 +20,42 @@ from ..spec import LayerNormSpec
 #: Squares beyond these powers of two may leave float32's normal numbers, and then nothing is known.
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**100
 
+#: How often what a norm reads may have been rounded, in proportion to the magnitudes that are added: a scale, its
+#: product with a code, the sum of two, and room for the rounding of what follows.
+_ADDEND = 6
+
 Rows = npt.NDArray[np.float64]
 
 
-def beyond_float32(spec: LayerNormSpec, codes: npt.NDArray[Any], got: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def beyond_float32(
+    spec: LayerNormSpec, operands: Sequence[npt.NDArray[Any]], got: npt.NDArray[Any]
+) -> npt.NDArray[np.bool_]:
     """Return which output codes no float32 norm gives.
 
     Parameters
     ----------
     spec : LayerNormSpec
-    codes, got : ndarray of shape (rows, n)
-        Input and output codes.
+    operands : sequence of ndarray of shape (rows, n)
+        Input codes, and those of the residual where there is one.
+    got : ndarray of shape (rows, n)
+        Output codes.
     """
-    value, error = float32_norm(spec, codes)
+    value, error = float32_norm(spec, operands)
     return np.asarray(np.abs(got - np.clip(value, spec.output.lo, spec.output.hi)) > 0.5 + error)
 
 
-def beyond_quantizer(params: QuantParams, x: npt.NDArray[Any], got: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def beyond_sum(
+    spec: LayerNormSpec, operands: Sequence[npt.NDArray[Any]], got: npt.NDArray[Any]
+) -> npt.NDArray[np.bool_]:
+    """Return which codes of the sum of the operands no float32 quantizer gives."""
+    assert spec.sum_output is not None
+    total, size = _sum(spec, operands)
+    return beyond_quantizer(spec.sum_output, total, got, _gamma(_ADDEND) * size)
+
+
+def beyond_quantizer(
+    params: QuantParams, x: npt.NDArray[Any], got: npt.NDArray[Any], x_error: npt.NDArray[Any] | float = 0.0
+) -> npt.NDArray[np.bool_]:
     """Return which codes no float32 quantizer gives.
 
     It may divide, multiply by the reciprocal, or place the value between the ends of its range, as FakeQuantize does.
@@ -44,19 +64,21 @@ def beyond_quantizer(params: QuantParams, x: npt.NDArray[Any], got: npt.NDArray[
     ----------
     params : QuantParams
     x : ndarray of shape (rows, n)
-        Real values, in float32.
+        Real values.
     got : ndarray of shape (rows, n)
         Their codes.
+    x_error : ndarray of shape (rows, n)
+        How far what is quantized may be from x.
     """
-    code = x.astype(np.float64) / params.channel_steps(x.shape[1])
-    zeros = params.channel_zeros(x.shape[1])
-    error = _gamma(8) * (np.abs(code) + np.abs(zeros) + (params.hi - params.lo))
+    steps, zeros = params.channel_steps(x.shape[1]), params.channel_zeros(x.shape[1])
+    code, code_error = x.astype(np.float64) / steps, x_error / steps
+    error = code_error + _gamma(8) * (np.abs(code) + code_error + np.abs(zeros) + (params.hi - params.lo))
     with np.errstate(invalid="ignore"):  # an infinite value has its code, and any code may stand for a NaN
         value = np.clip(code + zeros, params.lo, params.hi)
         return np.asarray(np.abs(got - value) > 0.5 + error)
 
 
-def float32_norm(spec: LayerNormSpec, codes: npt.NDArray[Any]) -> tuple[Rows, Rows]:
+def float32_norm(spec: LayerNormSpec, operands: Sequence[npt.NDArray[Any]]) -> tuple[Rows, Rows]:
     """Return the real value of each output code before its rounding, and a float32 norm's largest error of it, in LSB.
 
     Both are computed in float64, whose own rounding the bound is enlarged by.
@@ -64,20 +86,20 @@ def float32_norm(spec: LayerNormSpec, codes: npt.NDArray[Any]) -> tuple[Rows, Ro
     Parameters
     ----------
     spec : LayerNormSpec
-    codes : ndarray of shape (rows, n)
+    operands : sequence of ndarray of shape (rows, n)
+        Input codes, and those of the residual where there is one.
     """
     n = spec.n
-    x = (codes.astype(np.float64) - spec.input.channel_zeros(n)) * spec.input.channel_steps(n)
+    x, size = _sum(spec, operands)
     gain, offset = np.asarray(spec.gamma), np.asarray(spec.beta)
     step = spec.output.channel_steps(n)
-    size = np.abs(x)
     centred = spec.kind is NormKind.LAYERNORM
     mean = x.mean(axis=1, keepdims=True) if centred else np.zeros((len(x), 1))
     d = x - mean
-    square, squares = np.square(d).mean(axis=1, keepdims=True), np.square(x).mean(axis=1, keepdims=True)
-    # the mean and the deviations, from inputs and a scale that are rounded themselves
-    mean_error = _gamma(n + 5) * size.mean(axis=1, keepdims=True) if centred else np.zeros((len(x), 1))
-    d_error = _gamma(5) * size + mean_error + _gamma(2) * np.abs(d)
+    square, squares = np.square(d).mean(axis=1, keepdims=True), np.square(size).mean(axis=1, keepdims=True)
+    # the mean and the deviations, from inputs and scales that are rounded themselves, and a sum that is
+    mean_error = _gamma(n + _ADDEND) * size.mean(axis=1, keepdims=True) if centred else np.zeros((len(x), 1))
+    d_error = _gamma(_ADDEND) * size + mean_error + _gamma(2) * np.abs(d)
     # the variance, by either formula
     two_pass = (2 * np.abs(d) * d_error + np.square(d_error)).mean(axis=1, keepdims=True)
     two_pass += _gamma(n + 5) * np.square(np.abs(d) + d_error).mean(axis=1, keepdims=True)
@@ -97,6 +119,16 @@ def float32_norm(spec: LayerNormSpec, codes: npt.NDArray[Any]) -> tuple[Rows, Ro
         bound = (affine + _gamma(5) * (np.abs(value) + affine)) / step * (1 + 2.0**-20)
     known = (square > _SMALLEST) & (squares < _LARGEST) & np.isfinite(bound)
     return value / step + spec.output.channel_zeros(n), np.where(known, bound, np.inf)
+
+
+def _sum(spec: LayerNormSpec, operands: Sequence[npt.NDArray[Any]]) -> tuple[Rows, Rows]:
+    """Return the sum of the operands' real values, and that of their magnitudes."""
+    n = spec.n
+    reals = [
+        (codes.astype(np.float64) - params.channel_zeros(n)) * params.channel_steps(n)
+        for codes, params in zip(operands, spec.operands, strict=True)
+    ]
+    return sum(reals[1:], start=reals[0]), sum(map(np.abs, reals[1:]), start=np.abs(reals[0]))
 
 
 def _gamma(k: int) -> float:

@@ -15,38 +15,50 @@ from ..errors import ModelError
 from ..proof import NormKind
 from ..quantization import QuantParams
 from ..spec import LayerNormSpec
+from .graph import constant
+from .subgraph import Subgraph, Writing
 
 #: The first opset whose QuantizeLinear and DequantizeLinear have the type, and a scale a channel.
 _OPSETS = {"int8": 10, "uint8": 10, "int16": 21, "uint16": 21}
 _CHANNEL_OPSET = 13
 
 
-def quantizers(
-    tape: Tape, spec: LayerNormSpec, x: ir.Value, opset: int, dtype: ir.DataType | None
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Append the whole pattern to a float value.
-
-    Returns
-    -------
-    codes_in, codes_out, y : onnx_ir.Value
-        `y` has the type `dtype`.
+def append(tape: Tape, spec: LayerNormSpec, operands: list[ir.Value], writing: Writing) -> Subgraph:
+    """Append DequantizeLinear, the sum where there is a residual, the norm, and QuantizeLinear.
 
     Raises
     ------
     ModelError
         If the opset has no such quantizers, or no quantizer has such parameters.
     """
-    rank, shape = (len(x.shape) if x.shape is not None else None), x.shape
+    reals = [
+        dequantize(tape, codes, spec, params, writing, None)
+        for codes, params in zip(operands, spec.operands, strict=True)
+    ]
+    x = reals[0] if len(reals) == 1 else tape.op("Add", reals)
+    x.type, x.shape = ir.TensorType(ir.DataType.FLOAT), operands[0].shape
+    y = norm(tape, spec, x, writing.opset)
+    y.shape = x.shape
+    codes_sum = None if spec.sum_output is None else quantize(tape, x, spec, spec.sum_output, writing)
+    return Subgraph(quantize(tape, y, spec, spec.output, writing), codes_sum)
+
+
+def quantize(tape: Tape, x: ir.Value, spec: LayerNormSpec, params: QuantParams, writing: Writing) -> ir.Value:
+    """Append a QuantizeLinear."""
+    shape = x.shape
     if x.dtype not in (None, ir.DataType.FLOAT):
         x = tape.op("Cast", [x], {"to": ir.DataType.FLOAT})
-    codes_in = _quantizer(tape, "QuantizeLinear", x, spec.input, spec, opset, rank)
-    dequantized = _quantizer(tape, "DequantizeLinear", codes_in, spec.input, spec, opset, rank)
-    dequantized.type, dequantized.shape = ir.TensorType(ir.DataType.FLOAT), shape
-    codes_out = _quantizer(tape, "QuantizeLinear", norm(tape, spec, dequantized, opset), spec.output, spec, opset, rank)
-    y = _quantizer(tape, "DequantizeLinear", codes_out, spec.output, spec, opset, rank)
-    if dtype not in (None, ir.DataType.FLOAT):
-        y = tape.op("Cast", [y], {"to": dtype})
-    return codes_in, codes_out, y
+    codes = _quantizer(tape, "QuantizeLinear", x, spec, params, writing.opset, shape)
+    codes.type, codes.shape = ir.TensorType(writing.codes(params)), shape
+    return codes
+
+
+def dequantize(
+    tape: Tape, q: ir.Value, spec: LayerNormSpec, params: QuantParams, writing: Writing, dtype: ir.DataType | None
+) -> ir.Value:
+    """Append a DequantizeLinear, and a Cast where the type isn't float32."""
+    y = _quantizer(tape, "DequantizeLinear", q, spec, params, writing.opset, q.shape)
+    return y if dtype in (None, ir.DataType.FLOAT) else tape.op("Cast", [y], {"to": dtype})
 
 
 def norm(tape: Tape, spec: LayerNormSpec, x: ir.Value, opset: int) -> ir.Value:
@@ -83,11 +95,6 @@ def _norm(tape: Tape, spec: LayerNormSpec, x: ir.Value, opset: int) -> ir.Value:
     return op("Add", [y, _initializer(tape, beta.reshape(along), "beta")]) if beta.any() else y
 
 
-def constant(tape: Tape, value: npt.ArrayLike) -> ir.Value:
-    """Append a Constant node."""
-    return tape.op("Constant", [], {"value": ir.tensor(np.asarray(value))})
-
-
 def _initializer(tape: Tape, values: npt.NDArray[np.float32], name: str) -> ir.Value:
     return tape.initializer(ir.tensor(values), name=name)
 
@@ -99,7 +106,7 @@ def _mean(tape: Tape, x: ir.Value, axes: tuple[int, ...], opset: int) -> ir.Valu
 
 
 def _quantizer(
-    tape: Tape, operator: str, x: ir.Value, params: QuantParams, spec: LayerNormSpec, opset: int, rank: int | None
+    tape: Tape, operator: str, x: ir.Value, spec: LayerNormSpec, params: QuantParams, opset: int, shape: ir.Shape | None
 ) -> ir.Value:
     """Append a QuantizeLinear or a DequantizeLinear; channels of their own scales have the norm's axis."""
     name = params.dtype.value
@@ -123,5 +130,5 @@ def _quantizer(
         )
     scales = params.channel_steps(spec.n).astype(np.float32)
     zero_points = params.channel_zeros(spec.n).astype(params.dtype.numpy)
-    axis = spec.axes[0] + (rank or 0)  # counted from the front where that can be, as not all consumers take others
+    axis = spec.axes[0] + len(shape or ())  # counted from the front where that can be, as not all consumers take others
     return tape.op(operator, [x, constant(tape, scales), constant(tape, zero_points)], {"axis": axis})

@@ -33,6 +33,11 @@ _FOLDED: dict[str, Callable[..., Array]] = {
 }
 
 
+def constant(tape: Tape, value: npt.ArrayLike) -> ir.Value:
+    """Append a Constant node."""
+    return tape.op("Constant", [], {"value": ir.tensor(np.asarray(value))})
+
+
 class Writer:
     """Appends nodes to a tape.
 

@@ -16,7 +16,7 @@ from onnx_ir.tape import Tape
 from ..adder import NARROW_BITS, code_ends, code_multipliers, width
 from ..quantization import DType, QuantParams
 from ..spec import LayerNormSpec
-from .floating import constant
+from .graph import constant
 
 #: 2 to this power is beyond the distance of any code of 16 bits from its zero point.
 _BEYOND = 17
@@ -37,7 +37,7 @@ def append(tape: Tape, spec: LayerNormSpec, operands: list[ir.Value]) -> tuple[i
     onnx_ir.Value
         The integers u, in int32.
     onnx_ir.Value or None
-        The codes of the sum, where it is an output.
+        The codes of the sum in int32, where it is an output.
     """
     assert spec.adder is not None
     op, shift = tape.op, spec.adder.shift
@@ -75,7 +75,7 @@ def behind(spec: LayerNormSpec) -> LayerNormSpec:
 
 
 def _sum_codes(tape: Tape, spec: LayerNormSpec, u: ir.Value) -> ir.Value:
-    """Append equation (31): shift u to the right or to the left, in 32 bits, and clamp."""
+    """Append equation (31): shift u to the right or to the left, in 32 bits, and clamp; the codes are int32."""
     params, adder = spec.sum_output, spec.adder
     assert params is not None
     assert adder is not None
@@ -102,7 +102,7 @@ def _sum_codes(tape: Tape, spec: LayerNormSpec, u: ir.Value) -> ir.Value:
         value = op("Add", [value, _channels(tape, zeros, spec, signed)])
     ends = (constant(tape, np.int32(end)) for end in (params.lo, params.hi))
     value = op("Max", [value, next(ends)])
-    return op("Cast", [op("Min", [value, next(ends)])], {"to": ir.DataType.from_numpy(params.dtype.numpy)})
+    return op("Min", [value, next(ends)])
 
 
 def _channels(tape: Tape, values: npt.NDArray[np.generic], spec: LayerNormSpec, dtype: ir.DataType) -> ir.Value:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ..errors import ModelError
 from ..params import ModelParams, NormParams
+from ..quantization import DType
 from ..runtime import load_external_data
 from . import fused, subgraph
 from .loading import Model, load_model, restore
@@ -34,19 +35,23 @@ class Replacement:
         Those that were replaced.
     left : dict of str to str
         Why each other norm stays float.
+    writing : Writing
+        How they are written.
     """
 
     model: ir.Model
     norms: tuple[ExportedNorm, ...]
     left: dict[str, str]
+    writing: Writing
 
 
 def quantize_model(
     model: Model,
     params: ModelParams,
-    form: Form | str = Form.FUNCTION,
+    form: Form | str | None = None,
     word: Word | str = Word.INT64,
     *,
+    io: DType | str | None = None,
     opset: int | None = None,
 ) -> onnx.ModelProto:
     """Return a copy of a model with its norms replaced by integer ones, its external data brought into it.
@@ -58,8 +63,11 @@ def quantize_model(
     model : path, onnx.ModelProto or onnx_ir.Model
     params : ModelParams
         For the norms to replace, by name; others stay as they are.
-    form, word
-        As in `to_onnx`.
+    form : Form, optional
+        As in `to_onnx`, or ``qdq``. By default ``function``, or ``inline`` where the model's IR version has no
+        functions.
+    word, io
+        As in `to_onnx`; where the model has codes of its own, these keep their type.
     opset : int, optional
         Raise the model to this opset first, and its IR version to the opset's; by default both are kept.
 
@@ -68,7 +76,7 @@ def quantize_model(
     ModelError
         If the model can't be read, lacks a norm of `params`, or one of them has other weights than its spec.
     """
-    replaced = replace_norms(model, params, form, word, opset=opset).model
+    replaced = replace_norms(model, params, form, word, io=io, opset=opset).model
     load_external_data(replaced)
     return ir.to_proto(replaced)
 
@@ -76,19 +84,23 @@ def quantize_model(
 def replace_norms(
     model: Model,
     params: ModelParams,
-    form: Form | str = Form.FUNCTION,
+    form: Form | str | None = None,
     word: Word | str = Word.INT64,
     *,
+    io: DType | str | None = None,
     opset: int | None = None,
 ) -> Replacement:
     """Return what `quantize_model` returns, with its external data left outside, and what was done."""
-    Writing.of(form, word, 0)  # before the model is read
+    Writing.of(Form.FUNCTION if form is None else form, word, 0, io)  # before the model is read
     graph_model = load_model(model, opset=opset).clone()
-    writing = Writing.of(form, word, graph_model.graph.opset_imports.get("", 0))
-    if graph_model.ir_version < subgraph.IR_VERSION and writing.form is Form.FUNCTION:
+    has_functions = graph_model.ir_version >= subgraph.IR_VERSION
+    if form is None:
+        form = Form.FUNCTION if has_functions else Form.INLINE
+    writing = Writing.of(form, word, graph_model.graph.opset_imports.get("", 0), io)
+    if writing.form is Form.FUNCTION and not has_functions:
         raise ModelError(
-            f"functions need IR version {subgraph.IR_VERSION}; the model has {graph_model.ir_version}. "
-            "Use --form inline, or --opset to raise both"
+            f"the form function needs IR version {subgraph.IR_VERSION}; the model has {graph_model.ir_version}. Leave "
+            f"the form out, or raise the model with --opset {max(writing.opset, subgraph.FUNCTION_OPSET)}"
         )
     norms = {norm.name: norm for norm in find_norms(graph_model)}
     taken = set(ir.convenience.create_value_mapping(graph_model.graph))
@@ -109,7 +121,7 @@ def replace_norms(
     graph_model.metadata_props[METADATA_KEY] = json.dumps([vars(norm) for norm in exported])
     names = {norm.name for norm in exported}
     left = {name: norm.blocker or "there are no parameters for it" for name, norm in norms.items() if name not in names}
-    return Replacement(graph_model, tuple(exported), left)
+    return Replacement(graph_model, tuple(exported), left, writing)
 
 
 def exported_norms(model: ir.Model) -> list[ExportedNorm]:

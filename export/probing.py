@@ -16,6 +16,9 @@ from .model import exported_norms
 from .replacing import ExportedNorm
 from .writing import save_model
 
+#: What may stand between a function's output and the norm's codes: axes that are not the last, codes in another type.
+_BEHIND = ("Transpose", "Cast")
+
 
 def with_stages(model: ir.Model, places: list[ExportedNorm]) -> tuple[ir.Model, list[dict[str, str]]]:
     """Return a copy of a model whose norms' stages have names in its graph, and these names for each norm.
@@ -27,9 +30,7 @@ def with_stages(model: ir.Model, places: list[ExportedNorm]) -> tuple[ir.Model, 
     names: list[dict[str, str]] = []
     for place in places:
         node = values[place.codes_out].producer() if place.codes_out in values else None
-        if (
-            node is not None and node.op_type == "Transpose" and node.inputs[0] is not None
-        ):  # of other axes than the last
+        while node is not None and node.op_type in _BEHIND and node.inputs[0] is not None:
             node = node.inputs[0].producer()
         function = None if node is None else model.functions.get(node.op_identifier())
         if function is None:
@@ -61,12 +62,10 @@ def compared_values(places: list[ExportedNorm]) -> list[tuple[str, str]]:
     return [
         (value, place.name)
         for place in places
-        for value in (
-            place.input, place.residual_input, place.codes_in, place.residual, place.codes_out, place.codes_sum,
-            place.output, place.sum_output,
-        )
+        for side in place.sides
+        for value in (side.codes, side.real)
         if value is not None
-    ]  # fmt: skip
+    ]
 
 
 def probe(exported: Model) -> onnx.ModelProto:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -10,14 +9,51 @@ from onnx_ir.tape import Tape
 
 from ..errors import ModelError
 from ..params import NormParams
+from ..quantization import QuantParams
 from ..spec import LayerNormSpec
-from . import floating, subgraph
-from .border import dequantize, quantize
+from . import border, floating, subgraph
 from .names import unique_name
 from .norms import Norm
 from .qdq import Border, fitting_border, input_value
 from .residual import find_residual
-from .subgraph import Form, Word, Writing
+from .subgraph import Form, Subgraph, Word, Writing
+
+#: By the field of the spec that holds a border's parameters: the fields of `ExportedNorm` that name its codes and their
+#: float values, and what new codes are called.
+_SIDES = {
+    "input": ("codes_in", "input", "codes_in"),
+    "residual": ("residual", "residual_input", "codes_residual"),
+    "output": ("codes_out", "output", "codes_out"),
+    "sum_output": ("codes_sum", "sum_output", "codes_sum"),
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """A border of an exported norm.
+
+    Attributes
+    ----------
+    role : str
+        The field of the spec that holds its parameters.
+    codes : str
+    real : str or None
+        The float value of the codes, where the model has it.
+    """
+
+    role: str
+    codes: str
+    real: str | None
+
+    @property
+    def enters(self) -> bool:
+        """Whether the norm takes the codes."""
+        return self.role in ("input", "residual")
+
+    def params(self, spec: LayerNormSpec) -> QuantParams | None:
+        """Return the parameters of the codes, None where the spec has no such border."""
+        found: QuantParams | None = getattr(spec, self.role)
+        return found
 
 
 @dataclass(frozen=True)
@@ -43,6 +79,13 @@ class ExportedNorm:
     residual_input: str | None = None
     sum_output: str | None = None
 
+    @property
+    def sides(self) -> list[Side]:
+        """The norm's borders."""
+        own = vars(self)
+        sides = (Side(role, own[codes], own[real]) for role, (codes, real, _) in _SIDES.items())
+        return [side for side in sides if side.codes is not None]
+
 
 @dataclass
 class _Site:
@@ -50,8 +93,9 @@ class _Site:
 
     Attributes
     ----------
-    codes_in, codes_out, residual, codes_sum : onnx_ir.Value
-        The codes of the norm.
+    sides : dict of str to tuple of onnx_ir.Value
+        By the field of the spec that holds its parameters, the codes of each border and their float value.
+    written : Subgraph
     results : dict of onnx_ir.Value to onnx_ir.Value
         What takes the place of each value that others read.
     nodes : tuple of onnx_ir.Node
@@ -60,24 +104,14 @@ class _Site:
         What the new nodes stand behind.
     unused : list of onnx_ir.Value
         What nothing may need any more.
-    x, y, residual_x, sum_y : onnx_ir.Value or None
-        The float values of these codes, where there are such.
     """
 
-    codes_in: ir.Value
-    codes_out: ir.Value
+    sides: dict[str, tuple[ir.Value | None, ir.Value | None]]
+    written: Subgraph
     results: dict[ir.Value, ir.Value]
     nodes: tuple[ir.Node, ...]
     place: ir.Node
     unused: list[ir.Value] = field(default_factory=list)
-    x: ir.Value | None = None
-    y: ir.Value | None = None
-    residual_x: ir.Value | None = None
-    sum_y: ir.Value | None = None
-    residual: ir.Value | None = None
-    codes_sum: ir.Value | None = None
-    stages: Mapping[str, ir.Value] = field(default_factory=dict)
-    functions: dict[str, ir.Function] = field(default_factory=dict)
 
 
 def replace_norm(
@@ -92,104 +126,114 @@ def replace_norm(
     """
     spec, graph = entry.spec, norm.nodes[-1].graph
     assert isinstance(graph, ir.Graph)
-    x, border = input_value(norm), fitting_border(norm, spec)
+    x, around = input_value(norm), fitting_border(norm, spec)
     unused = [value for node in norm.nodes for value in node.inputs if value is not None and value is not x]
     tape = Tape()
-    if border is not None:
-        site = _between_quantizers(tape, norm, spec, border, writing)
-    elif writing.form is Form.QDQ:
-        site = _between_new_quantizers(tape, norm, spec, writing)
-    else:
+    if around is None:
         site = _among_floats(tape, norm, spec, writing)
-    roles = {site.codes_in: "codes_in", site.codes_out: "codes_out"}
-    roles |= {value: letter for letter, value in site.stages.items()}
-    if site.codes_sum is not None:
-        roles[site.codes_sum] = "codes_sum"
-    if site.residual is not None:
-        roles[site.residual] = "codes_residual"
-    _name(tape, norm.name, taken, roles)
-    codes = {
-        site.codes_in: spec.input, site.codes_out: spec.output, site.residual: spec.residual,
-        site.codes_sum: spec.sum_output,
-    }  # fmt: skip
-    for value, params in codes.items():
-        if value is not None and params is not None:
-            value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(params.dtype.numpy)), x.shape
+    elif writing.form is Form.QDQ:
+        site = _between_quantizers_in_floats(tape, norm, spec, around, writing)
+    else:
+        site = _between_quantizers(tape, norm, spec, around, writing)
+    stages = site.written.stages
+    names = {codes: _SIDES[role][-1] for role, (codes, _) in site.sides.items() if codes is not None}
+    _name(tape, norm.name, taken, names | {value: letter for letter, value in stages.items()})
     for value in tape.initializers:
         graph.register_initializer(value)
     old, new = list(site.results), list(site.results.values())
     ir.convenience.replace_nodes_and_values(graph, site.place, site.nodes, tape.nodes, old, new)
     _remove_unused(unused + site.unused)
+    found = {
+        name: value.name
+        for role, side in site.sides.items()
+        for name, value in zip(_SIDES[role], side, strict=False)
+        if value is not None
+    }
     exported = ExportedNorm(
-        name=norm.name, input=_named(site.x), codes_in=site.codes_in.name or "", codes_out=site.codes_out.name or "",
-        output=_named(site.y), stages={letter: value.name or "" for letter, value in site.stages.items()},
-        form=writing.form, word=writing.word, residual=_named(site.residual), codes_sum=_named(site.codes_sum),
-        residual_input=_named(site.residual_x), sum_output=_named(site.sum_y),
+        name=norm.name, input=found.pop("input", None), codes_in=found.pop("codes_in") or "",
+        codes_out=found.pop("codes_out") or "", output=found.pop("output", None),
+        stages={letter: value.name or "" for letter, value in stages.items()}, form=writing.form, word=writing.word,
+        **found,
     )  # fmt: skip
-    return exported, site.functions
+    return exported, site.written.functions
 
 
-def _between_quantizers(tape: Tape, norm: Norm, spec: LayerNormSpec, border: Border, writing: Writing) -> _Site:
+def _between_quantizers(tape: Tape, norm: Norm, spec: LayerNormSpec, around: Border, writing: Writing) -> _Site:
     """Write a norm that takes and gives the model's own codes."""
-    if writing.form is Form.QDQ:
-        if border.add is not None:
-            raise ModelError(f"the norm {norm.name!r} is between quantizers already, with the residual add before it")
-        y = floating.norm(tape, spec, input_value(norm), writing.opset)
-        codes_out = border.quantizers[0].outputs[0]
-        return _Site(border.codes, codes_out, {norm.nodes[-1].outputs[0]: y}, norm.nodes, norm.nodes[-1])
-    operands = [border.codes] if border.residual_codes is None else [border.codes, border.residual_codes]
-    written = _append(tape, norm, spec, operands, writing)
+    operands = [codes for codes in (around.codes, around.residual_codes) if codes is not None]
+    pairs = zip(operands, spec.operands, strict=True)
+    written = _append(
+        tape, norm, spec, [_cast(tape, codes, _own(params), writing.codes(params)) for codes, params in pairs], writing
+    )
+    codes_out = _cast(tape, written.codes, writing.codes(spec.output), _own(spec.output))
+    codes_sum = written.codes_sum
+    if codes_sum is not None and spec.sum_output is not None:
+        codes_sum = _cast(tape, codes_sum, writing.codes(spec.sum_output), _own(spec.sum_output))
+    sides = {"input": around.codes, "residual": around.residual_codes, "output": codes_out, "sum_output": codes_sum}
     return _Site(
-        border.codes, written.codes, border.results(tape, written.codes, written.codes_sum),
-        (*norm.nodes, *border.nodes), border.place(norm), unused=border.unused, residual=border.residual_codes,
-        codes_sum=written.codes_sum, stages=written.stages, functions=written.functions,
+        {role: (codes, None) for role, codes in sides.items()}, written, around.results(tape, codes_out, codes_sum),
+        (*norm.nodes, *around.nodes), around.place(norm), around.unused,
     )  # fmt: skip
 
 
-def _between_new_quantizers(tape: Tape, norm: Norm, spec: LayerNormSpec, writing: Writing) -> _Site:
-    """Write a float norm between quantizers."""
-    if spec.residual is not None:
-        raise ModelError(f"the parameters of the norm {norm.name!r} add a residual, which the form qdq can't")
-    x, old = input_value(norm), norm.nodes[-1].outputs[0]
-    codes_in, codes_out, y = floating.quantizers(tape, spec, x, writing.opset, old.dtype)
-    return _Site(codes_in, codes_out, {old: y}, norm.nodes, norm.nodes[-1], x=x, y=y)
+def _between_quantizers_in_floats(
+    tape: Tape, norm: Norm, spec: LayerNormSpec, around: Border, writing: Writing
+) -> _Site:
+    """Write a float norm between the model's own quantizers, which reads the sum itself where the spec adds."""
+    x = input_value(norm)
+    total = x if around.requantized is None else around.sum_quantizers[0].inputs[0]
+    assert total is not None
+    y = floating.norm(tape, spec, total, writing.opset)
+    codes_out = around.quantizers[0].outputs[0]
+    codes_sum = around.sum_quantizers[0].outputs[0] if around.sum_output is not None else None
+    sides = {"input": around.codes, "residual": around.residual_codes, "output": codes_out, "sum_output": codes_sum}
+    return _Site(
+        {role: (codes, None) for role, codes in sides.items()}, Subgraph(codes_out), {norm.nodes[-1].outputs[0]: y},
+        norm.nodes, norm.nodes[-1], [x],
+    )  # fmt: skip
 
 
 def _among_floats(tape: Tape, norm: Norm, spec: LayerNormSpec, writing: Writing) -> _Site:
     """Write a norm that quantizes its input, or the addends of the sum before it, and dequantizes its output."""
-    old, opset = norm.nodes[-1].outputs[0], writing.opset
+    old = norm.nodes[-1].outputs[0]
     add = None if spec.residual is None else find_residual(norm)
     if add is None and spec.residual is not None:
         raise ModelError(f"the parameters of the norm {norm.name!r} add a residual; the model has none before it")
     values = [input_value(norm)] if add is None else list(add.addends)
-    operands = [quantize(tape, value, spec, params, opset) for value, params in zip(values, spec.operands, strict=True)]
+    module = floating if writing.form is Form.QDQ else border
+    operands = [
+        module.quantize(tape, value, spec, params, writing) for value, params in zip(values, spec.operands, strict=True)
+    ]
     written = _append(tape, norm, spec, operands, writing)
-    y = dequantize(tape, written.codes, spec, spec.output, opset, old.dtype)
-    site = _Site(
-        operands[0], written.codes, {old: y}, norm.nodes, norm.nodes[-1], x=values[0], y=y, stages=written.stages,
-        functions=written.functions, codes_sum=written.codes_sum,
-    )  # fmt: skip
+    y = module.dequantize(tape, written.codes, spec, spec.output, writing, old.dtype)
+    sides = dict(zip(("input", "residual"), zip(operands, values, strict=True), strict=False))
+    site = _Site(sides | {"output": (written.codes, y)}, written, {old: y}, norm.nodes, norm.nodes[-1])
     if add is not None:
-        site.residual, site.residual_x, site.place = operands[1], values[1], add.node
+        site.place = add.node
         if not add.shared or spec.sum_output is not None:
             site.nodes = (*norm.nodes, add.node)
         if spec.sum_output is not None and written.codes_sum is not None:
-            site.sum_y = site.results[add.total] = dequantize(
-                tape, written.codes_sum, spec, spec.sum_output, opset, add.total.dtype
-            )
+            total = module.dequantize(tape, written.codes_sum, spec, spec.sum_output, writing, add.total.dtype)
+            site.sides["sum_output"] = written.codes_sum, total
+            site.results[add.total] = total
     return site
 
 
-def _append(
-    tape: Tape, norm: Norm, spec: LayerNormSpec, operands: list[ir.Value], writing: Writing
-) -> subgraph.Subgraph:
+def _append(tape: Tape, norm: Norm, spec: LayerNormSpec, operands: list[ir.Value], writing: Writing) -> Subgraph:
+    if writing.form is Form.QDQ:
+        return floating.append(tape, spec, operands, writing)
     x = input_value(norm)
     rank = len(x.shape) if x.shape is not None else None
     return subgraph.append(tape, spec, operands, writing, rank=rank, name=norm.name)
 
 
-def _named(value: ir.Value | None) -> str | None:
-    return None if value is None else value.name
+def _own(params: QuantParams) -> ir.DataType:
+    """Return the type of the tensors that hold codes in a model of its own."""
+    return ir.DataType.from_numpy(params.dtype.numpy)
+
+
+def _cast(tape: Tape, codes: ir.Value, source: ir.DataType, target: ir.DataType) -> ir.Value:
+    return codes if source == target else tape.op("Cast", [codes], {"to": target})
 
 
 def _remove_unused(values: list[ir.Value]) -> None:

@@ -10,7 +10,7 @@ from onnx_ir.tape import Tape
 
 from .._version import __version__
 from ..errors import ModelError
-from ..quantization import DType, QuantParams
+from ..quantization import DType
 from ..spec import LayerNormSpec
 from . import subgraph
 from .subgraph import Form, Word, Writing
@@ -44,7 +44,7 @@ def to_onnx(
     leading : sequence of str or int
         The dimensions that are not normalized: a name for each dynamic one, a number for each fixed one.
     io : {"int32"}, optional
-        Type of the input codes and of ``y``, for consumers that don't take the codes' own types.
+        Type of all codes, for consumers that don't take their own types.
     opset : int
         The opset of the model, 13 or later.
 
@@ -54,24 +54,21 @@ def to_onnx(
         If the word doesn't hold the spec, there are fewer dimensions than the axes of the spec need, or an option is
         unknown.
     """
-    writing = Writing.of(form, word, opset)
+    writing = Writing.of(form, word, opset, io)
     if writing.form is Form.QDQ:
         raise ModelError("a norm by itself has no form qdq: it is for norms of a model, with `quantize_model`")
-    if io not in (None, DType.INT32):
-        raise ModelError(f"io is {io!r}; it can be int32")
-    border = None if io is None else ir.DataType.INT32
     shape = _shape(spec, leading)
     operands = [
-        _typed(name, params, shape, dtype=border)
+        _typed(name, writing.codes(params), shape)
         for name, params in zip(("q", "residual"), spec.operands, strict=False)
     ]
     tape = Tape()
-    written = subgraph.append(tape, spec, operands, writing, rank=len(shape), name="", output=border)
+    written = subgraph.append(tape, spec, operands, writing, rank=len(shape), name="")
     for letter, value in written.stages.items():
         value.name = letter
-    outputs = [_typed("y", spec.output, shape, written.codes, border)]
+    outputs = [_typed("y", writing.codes(spec.output), shape, written.codes)]
     if written.codes_sum is not None and spec.sum_output is not None:
-        outputs.append(_typed("sum", spec.sum_output, shape, written.codes_sum))
+        outputs.append(_typed("sum", writing.codes(spec.sum_output), shape, written.codes_sum))
     graph = ir.Graph(
         operands, outputs, nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": opset}, name="norm"
     )
@@ -80,14 +77,10 @@ def to_onnx(
     return ir.to_proto(model)
 
 
-def _typed(
-    name: str, params: QuantParams, shape: Sequence[str | int], value: ir.Value | None = None,
-    dtype: ir.DataType | None = None,
-) -> ir.Value:  # fmt: skip
-    """Return codes with a name, a type, by default their own, and a shape."""
+def _typed(name: str, dtype: ir.DataType, shape: Sequence[str | int], value: ir.Value | None = None) -> ir.Value:
+    """Return a value, by default a new one, with a name, a type and a shape."""
     value = ir.Value() if value is None else value
-    value.name, value.shape = name, ir.Shape(shape)
-    value.type = ir.TensorType(dtype or ir.DataType.from_numpy(params.dtype.numpy))
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
     return value
 
 

@@ -17,12 +17,13 @@ from onnx_ir.tape import Tape
 
 from ..errors import ModelError
 from ..proof import NormKind
+from ..quantization import DType, QuantParams
 from ..spec import LayerNormSpec
 from . import bounded, input_stage, int64, narrow
 from .graph import Operand, Writer
 
-#: The domain of the function form, its version, and the IR version that functions need.
-DOMAIN, DOMAIN_VERSION, IR_VERSION = "fxp_layernorm", 1, 8
+#: The domain of the function form, its version, the IR version that functions need, and the first opset with it.
+DOMAIN, DOMAIN_VERSION, IR_VERSION, FUNCTION_OPSET = "fxp_layernorm", 1, 8, 15
 
 
 class Form(StrEnum):
@@ -43,19 +44,28 @@ class Word(StrEnum):
 
 @dataclass(frozen=True)
 class Writing:
-    """How norms are written."""
+    """How norms are written; `io` is the type that carries codes which have no other, None for their own."""
 
     form: Form
     word: Word
     opset: int
+    io: DType | None
 
     @classmethod
-    def of(cls, form: Form | str, word: Word | str, opset: int) -> Writing:
+    def of(cls, form: Form | str, word: Word | str, opset: int, io: DType | str | None = None) -> Writing:
         """Return it for names; raises ModelError for one that is none."""
         for kind, value in ((Form, form), (Word, word)):
             if value not in list(kind):
                 raise ModelError(f"the {kind.__name__.lower()} is {value!r}; it must be one of {', '.join(kind)}")
-        return cls(Form(form), Word(word), opset)
+        if io not in (None, DType.INT32):
+            raise ModelError(f"io is {io!r}; it can be int32")
+        if io is not None and form == Form.QDQ:
+            raise ModelError("the form qdq has the codes of QuantizeLinear; leave out --io (io=), or use another form")
+        return cls(Form(form), Word(word), opset, None if io is None else DType.INT32)
+
+    def codes(self, params: QuantParams) -> ir.DataType:
+        """Return the type of the tensors that hold codes of these parameters."""
+        return ir.DataType.from_numpy((self.io or params.dtype).numpy)
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,6 @@ def append(
     *,
     rank: int | None,
     name: str,
-    output: ir.DataType | None = None,
 ) -> Subgraph:
     """Append an integer norm from codes to codes, between transpositions where its axes are not the last.
 
@@ -103,17 +112,25 @@ def append(
         The number of their dimensions, where it is known.
     name : str
         The norm's name.
-    output : onnx_ir.DataType, optional
-        The result's type, by default that of the output codes.
 
     Raises
     ------
     ModelError
         If the word doesn't hold the spec, or the opset doesn't have its operators.
     """
+    written = _between_transpositions(tape, spec, operands, writing, rank, name)
+    for codes, params in ((written.codes, spec.output), (written.codes_sum, spec.sum_output)):
+        if codes is not None and params is not None:
+            codes.type, codes.shape = ir.TensorType(writing.codes(params)), operands[0].shape
+    return written
+
+
+def _between_transpositions(
+    tape: Tape, spec: LayerNormSpec, operands: Sequence[ir.Value], writing: Writing, rank: int | None, name: str
+) -> Subgraph:
     last = tuple(range(-len(spec.axes), 0))
     if spec.axes == last:
-        return _append(tape, spec, operands, writing, rank, name, output)
+        return _append(tape, spec, operands, writing, rank, name)
     if rank is None:
         raise ModelError(f"the norm {name!r} can't be replaced: the rank of its input is not known")
     normalized = [axis + rank for axis in spec.axes]
@@ -121,7 +138,7 @@ def append(
     rows = [tape.op("Transpose", [value], {"perm": order}) for value in operands]
     for value, codes in zip(rows, operands, strict=True):
         value.type = codes.type
-    written = _append(tape, dataclasses.replace(spec, axes=last), rows, writing, rank, name, output)
+    written = _append(tape, dataclasses.replace(spec, axes=last), rows, writing, rank, name)
     back = {"perm": [order.index(axis) for axis in range(rank)]}
     return dataclasses.replace(
         written,
@@ -131,21 +148,22 @@ def append(
 
 
 def _append(
-    tape: Tape, spec: LayerNormSpec, operands: Sequence[ir.Value], writing: Writing, rank: int | None, name: str,
-    output: ir.DataType | None,
-) -> Subgraph:  # fmt: skip
+    tape: Tape, spec: LayerNormSpec, operands: Sequence[ir.Value], writing: Writing, rank: int | None, name: str
+) -> Subgraph:
     """Append a norm over the last dimensions."""
     if writing.word is not Word.INT64:
         narrow.check(spec, writing.word)
     codes_sum: ir.Value | None = None
     if spec.adder is not None:
         u, codes_sum = input_stage.append(tape, spec, list(operands))
+        if codes_sum is not None and spec.sum_output is not None and writing.io is None:
+            codes_sum = tape.op("Cast", [codes_sum], {"to": writing.codes(spec.sum_output)})
         operands, spec = [u], input_stage.behind(spec)
     (q,) = operands
     flatten = len(spec.normalized_shape) > 1 or rank == 1
     inline = writing.form is Form.INLINE
     writer = Writer(tape if inline else Tape(), attributes(spec), inline=inline)
-    body = _body(spec, writing.word, writer, output or ir.DataType.from_numpy(spec.output.dtype.numpy))
+    body = _body(spec, writing.word, writer, writing.codes(spec.output))
     lowest = max(body.opset, 14 if flatten else 0)  # for Reshape's allowzero
     if writing.opset < lowest:
         raise ModelError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,143 +15,14 @@ from ..params import ModelParams
 from ..quantization import DType
 from ..runtime import Feed, Feeds, Session
 from ..spec import LayerNormSpec
-from .diagnosis import (
-    MOST_ROWS,
-    OTHERWISE_RIGHT,
-    CodeDifference,
-    StageDifference,
-    differing_codes,
-    first_difference,
-)
-from .float_bound import beyond_float32, beyond_quantizer
+from .checks import NormCheck, OutputCheck, Verification
+from .diagnosis import MOST_ROWS, OTHERWISE_RIGHT, StageDifference, differing_codes, first_difference
+from .float_bound import beyond_float32, beyond_quantizer, beyond_sum
 from .loading import Model, load_model
 from .model import exported_norms
 from .probing import compared_values, with_stages
-from .replacing import ExportedNorm
+from .replacing import ExportedNorm, Side
 from .subgraph import Form
-
-
-@dataclass
-class NormCheck:
-    """One norm's counts.
-
-    Attributes
-    ----------
-    codes : int
-        Output codes that were compared.
-    mismatches : int
-        Those that differ from the kernel's for the same input codes.
-    border_mismatches : int
-        Codes that differ from the quantized float value, and float values that differ from the dequantized codes: of
-        the input, the output, and where there are such, of the residual and the sum. Not counted where the floats are
-        no float32: consumers may keep more of a float16 than they show.
-    border_beyond : int
-        Those of them that no float32 quantizer gives, which may multiply by the reciprocal of the scale, say.
-    largest : int
-        The largest difference of an output code, in LSB.
-    beyond : int or None
-        Of a float norm between quantizers, the output codes that no float32 norm gives; None for an integer norm.
-    differences : list of CodeDifference
-        The first output codes that differ.
-    stage : StageDifference or None
-        The first stage of the norm that differs, where one was found.
-    """
-
-    name: str
-    codes: int = 0
-    mismatches: int = 0
-    border_mismatches: int = 0
-    border_beyond: int = 0
-    largest: int = 0
-    beyond: int | None = None
-    differences: list[CodeDifference] = field(default_factory=list)
-    stage: StageDifference | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the norm's codes are the kernel's, and those of floats may be float32's."""
-        return not self.border_beyond and not (self.mismatches if self.beyond is None else self.beyond)
-
-
-@dataclass
-class OutputCheck:
-    """One output of the model against the float model's, over all feeds.
-
-    Attributes
-    ----------
-    cosine : float
-        Of all finite values as one vector; 1 where both are 0.
-    max_abs : float or None
-        The largest difference; None where one model has a NaN or an infinity that the other has not.
-    sqnr_db : float or None
-        ``10*log10(sum(float**2) / sum((float - exported)**2))``; None where one of the sums is 0.
-    """
-
-    name: str
-    max_abs: float | None = 0.0
-    _float_power: float = field(default=0.0, repr=False)
-    _power: float = field(default=0.0, repr=False)
-    _product: float = field(default=0.0, repr=False)
-    _noise: float = field(default=0.0, repr=False)
-
-    def update(self, expected: npt.NDArray[Any], actual: npt.NDArray[Any]) -> None:
-        """Take in the values of one feed."""
-        if expected.shape != actual.shape:
-            raise ModelError(
-                f"the output {self.name!r} has the shape {actual.shape}; the float model's is {expected.shape}"
-            )
-        a, b = expected.astype(np.float64).ravel(), actual.astype(np.float64).ravel()
-        finite = np.isfinite(a) & np.isfinite(b)
-        same = np.array_equal(a[~finite], b[~finite], equal_nan=True)
-        a, b = a[finite], b[finite]
-        difference = a - b
-        self._float_power += float(a @ a)
-        self._power += float(b @ b)
-        self._product += float(a @ b)
-        self._noise += float(difference @ difference)
-        if not same:
-            self.max_abs = None
-        elif self.max_abs is not None:
-            self.max_abs = max(self.max_abs, float(np.max(np.abs(difference), initial=0.0)))
-
-    @property
-    def cosine(self) -> float:
-        """Cosine of the two outputs as vectors."""
-        norm = math.sqrt(self._float_power * self._power)
-        return self._product / norm if norm else float(self._float_power == self._power)
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """Signal to quantization noise."""
-        return 10 * math.log10(self._float_power / self._noise) if self._noise and self._float_power else None
-
-
-@dataclass
-class Verification:
-    """The result of `verify`."""
-
-    norms: list[NormCheck]
-    outputs: list[OutputCheck]
-
-    @property
-    def exact(self) -> bool:
-        """Whether codes were compared, and none differs, at the border or behind it."""
-        return self.codes > 0 and not any(norm.mismatches or norm.border_mismatches for norm in self.norms)
-
-    @property
-    def passed(self) -> bool:
-        """Whether codes were compared, and every norm passed: an integer norm if its codes are the kernel's."""
-        return self.codes > 0 and all(norm.passed for norm in self.norms)
-
-    @property
-    def codes(self) -> int:
-        """The number of output codes that were compared."""
-        return sum(norm.codes for norm in self.norms)
-
-    @property
-    def mismatches(self) -> int:
-        """The number of codes that differ."""
-        return sum(norm.mismatches + norm.border_mismatches for norm in self.norms)
 
 
 class Verifier:
@@ -224,7 +93,7 @@ class Verifier:
         DataError
             If the feed or the results don't fit.
         """
-        values = self._session.run(feed) if self._session is not None else self._next(feed)
+        values = self._session.run(feed) if self._session is not None else self._next()
         for place, stages in zip(self._places, self._stages, strict=True):
             self._compare(place, stages, values, feed)
         for name, check in self._outputs.items():
@@ -252,68 +121,68 @@ class Verifier:
             raise DataError(f"there are more results than feeds, of which there are {self._feeds}")
         return Verification(list(self._norms.values()), list(self._outputs.values()))
 
-    def _next(self, feed: Feed) -> dict[str, npt.NDArray[Any]]:
+    def _next(self) -> Feed:
         assert self._results is not None
         values = next(self._results, None)
         if values is None:
             raise DataError(f"there are results of {self._feeds} feeds only")
-        held, codes = {**feed, **values}, {}
-        for place in self._places:
-            spec = self._specs[place.name]
-            names = {
-                place.codes_in: spec.input, place.codes_out: spec.output, place.residual: spec.residual,
-                place.codes_sum: spec.sum_output,
-            }  # fmt: skip
-            for name, params in names.items():
-                if name is not None and params is not None:
-                    codes[name] = _narrowed(held, name, params.dtype)
+        return values
+
+    def _narrowed(self, place: ExportedNorm, values: Feed, feed: Feed) -> Feed:
+        """Return values with a norm's codes in their own types: they may be carried in wider ones."""
+        held, spec = {**feed, **values}, self._specs[place.name]
+        sides = {side.codes: side.params(spec) for side in place.sides}
+        codes = {name: _narrowed(held, name, params.dtype) for name, params in sides.items() if params is not None}
         return {**values, **codes}
 
     def _compare(
         self, place: ExportedNorm, stages: Mapping[str, str], values: Mapping[str, npt.NDArray[Any]], feed: Feed
     ) -> None:
         check, kernel, spec = self._norms[place.name], self._kernels[place.name], self._specs[place.name]
-        codes_in, codes_out = values[place.codes_in], values[place.codes_out]
+        values = self._narrowed(place, values, feed)
+        codes_out = values[place.codes_out]
         check.codes += codes_out.size
         try:
             expected, total = _expected(kernel, place, values)
         except InputError as error:
             raise ModelError(f"the norm {place.name!r} was exported with other parameters: {error}") from error
-        if total is not None and place.codes_sum is not None:
-            check.codes += total.size
-            check.mismatches += int(np.count_nonzero(total != values[place.codes_sum]))
         if expected.shape != codes_out.shape:
             raise DataError(f"{place.codes_out!r} has the shape {codes_out.shape}; it must have {expected.shape}")
+        operands = [_rows(values[side.codes], spec) for side in place.sides if side.enters]
+        if total is not None and place.codes_sum is not None:
+            check.codes += total.size
+            wanted, got = (_rows(array, spec) for array in (total, values[place.codes_sum]))
+            check.mismatches += int(np.count_nonzero(wanted != got))
+            if check.beyond is not None:
+                check.beyond += int(np.count_nonzero(beyond_sum(spec, operands, got) & (wanted != got)))
         if not np.array_equal(expected, codes_out):
-            rows, wanted, got = (_rows(array, spec) for array in (codes_in, expected, codes_out))
+            wanted, got = (_rows(array, spec) for array in (expected, codes_out))
             check.mismatches += int(np.count_nonzero(wanted != got))
             check.largest = max(check.largest, int(np.max(np.abs(wanted.astype(np.int64) - got))))
             if check.beyond is not None:
-                check.beyond += int(np.count_nonzero(beyond_float32(spec, rows, got) & (wanted != got)))
+                check.beyond += int(np.count_nonzero(beyond_float32(spec, operands, got) & (wanted != got)))
             if not check.differences:
                 check.differences = differing_codes(self._feeds, wanted, got)
                 check.stage = self._first_stage(place, stages, values, feed) if check.beyond is None else None
-        quantized = (
-            (place.input, place.codes_in, spec.input),
-            (place.residual_input, place.residual, spec.residual),
-        )
-        for real, codes, params in quantized:
-            x = values.get(real or "")
-            if x is not None and x.dtype == np.float32 and codes is not None and params is not None:
-                bad = kernel.quantize(x, params) != values[codes]
-                check.border_mismatches += int(np.count_nonzero(bad))
-                bad_rows, reals, got = (_rows(array, spec) for array in (bad, x, values[codes]))
-                check.border_beyond += int(np.count_nonzero(bad_rows & beyond_quantizer(params, reals, got)))
-        dequantized = (
-            (place.output, place.codes_out, spec.output),
-            (place.sum_output, place.codes_sum, spec.sum_output),
-        )
-        for real, codes, params in dequantized:
-            y = values.get(real or "")
-            if y is not None and y.dtype == np.float32 and codes is not None and params is not None:
-                bad_values = int(np.count_nonzero(kernel.dequantize(values[codes], params) != y))
-                check.border_mismatches += bad_values
-                check.border_beyond += bad_values
+        for side in place.sides:
+            self._compare_border(check, kernel, side, values)
+
+    def _compare_border(
+        self, check: NormCheck, kernel: FxpLayerNorm, side: Side, values: Mapping[str, npt.NDArray[Any]]
+    ) -> None:
+        """Hold codes against the float value that they are of, where it is float32."""
+        x, codes, params = values.get(side.real or ""), values[side.codes], side.params(kernel.spec)
+        if x is None or x.dtype != np.float32 or params is None:
+            return
+        if not side.enters:
+            bad_values = int(np.count_nonzero(kernel.dequantize(codes, params) != x))
+            check.border_mismatches += bad_values
+            check.border_beyond += bad_values
+            return
+        bad = kernel.quantize(x, params) != codes
+        check.border_mismatches += int(np.count_nonzero(bad))
+        bad_rows, reals, got = (_rows(array, kernel.spec) for array in (bad, x, codes))
+        check.border_beyond += int(np.count_nonzero(bad_rows & beyond_quantizer(params, reals, got)))
 
     def _first_stage(
         self, place: ExportedNorm, stages: Mapping[str, str], values: Mapping[str, npt.NDArray[Any]], feed: Feed
@@ -321,11 +190,10 @@ class Verifier:
         """Return the first stage that differs: of the results where they hold stages, else of another run."""
         spec, kernel = self._specs[place.name], self._kernels[place.name]
         if self._session is not None:
-            codes_of = (place.codes_in, place.codes_out, place.residual)
             row = row_shape(spec.normalized_shape, spec.axes)
-            shapes = {name: row for name in codes_of if name is not None}
+            shapes = {side.codes: row for side in place.sides}
             shapes |= {name: (spec.n if letter[0] in "ut" else 1,) for letter, name in stages.items()}
-            values = Session(self._model, shapes).run(feed)
+            values = self._narrowed(place, Session(self._model, shapes).run(feed), feed)
         got = _rows(values[place.codes_out], spec)
         wrong = np.flatnonzero(np.any(_rows(_expected(kernel, place, values)[0], spec) != got, axis=1))[:MOST_ROWS]
         if not wrong.size:
@@ -335,7 +203,7 @@ class Verifier:
             stage = np.asarray(values.get(name, ()))
             if stage.size and stage.size % len(got) == 0:  # else it is a constant of the function
                 held[letter] = stage.reshape(len(got), -1)[wrong]
-        operands = [_rows(values[name], spec)[wrong] for name in (place.codes_in, place.residual) if name is not None]
+        operands = [_rows(values[side.codes], spec)[wrong] for side in place.sides if side.enters]
         return first_difference(spec, place.word, operands, got[wrong], held) if held else None
 
 
@@ -354,8 +222,8 @@ def _narrowed(values: Mapping[str, npt.NDArray[Any]], name: str, dtype: DType) -
     if name not in values:
         raise DataError(f"the results lack {name!r}; write the model that gives it, to be run elsewhere, with --probe")
     codes = np.asarray(values[name])
-    narrow = codes.astype(dtype.numpy)
-    if not np.array_equal(narrow, codes):
+    narrow = codes.astype(dtype.numpy, copy=False)
+    if narrow is not codes and not np.array_equal(narrow, codes):
         raise DataError(f"the results hold {name!r} in {codes.dtype}, with values that are no {dtype}")
     return narrow
 

@@ -10,7 +10,7 @@ from ..errors import ModelError
 
 
 def raised(model: ir.Model, opset: int) -> ir.Model:
-    """Return a model raised to an opset; it is the model itself where it has that opset.
+    """Return a model raised to an opset, and to its IR version; it is the model itself where it has that opset.
 
     Raises
     ------
@@ -19,6 +19,7 @@ def raised(model: ir.Model, opset: int) -> ir.Model:
     """
     current = model.opset_imports.get("", 0)
     if current == opset:
+        _raise_ir_version(model)
         return model
     if not current < opset <= onnx.defs.onnx_opset_version():
         raise ModelError(
@@ -34,13 +35,16 @@ def raised(model: ir.Model, opset: int) -> ir.Model:
     except Exception as error:  # the converter raises RuntimeError and its own, the checker ValidationError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the opset can't be raised from {current} to {opset}: {reason}") from error
-    proto.ir_version = max(
-        proto.ir_version, onnx.helper.find_min_ir_version_for(list(proto.opset_import), ignore_unknown=True)
-    )
     converted = ir.from_proto(proto)
+    _raise_ir_version(converted)
     for tensor in _external(converted):
         tensor.base_dir = next(iter(folders))
     return converted
+
+
+def _raise_ir_version(model: ir.Model) -> None:
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True))
 
 
 def _external(model: ir.Model) -> list[ir.ExternalTensor]:

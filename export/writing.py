@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ..files import atomic_path
 from ..params import ModelParams
+from ..quantization import DType
 from .loading import Model
 from .model import Replacement, replace_norms
 from .subgraph import Form, Word
@@ -21,9 +22,10 @@ def export_model(
     model: Model,
     params: ModelParams,
     out: str | Path,
-    form: Form | str = Form.FUNCTION,
+    form: Form | str | None = None,
     word: Word | str = Word.INT64,
     *,
+    io: DType | str | None = None,
     opset: int | None = None,
 ) -> Replacement:
     """Write a copy of a model with its norms replaced by integer ones; see `quantize_model`.
@@ -38,7 +40,7 @@ def export_model(
     InputError
         If the file can't be written.
     """
-    replacement = replace_norms(model, params, form, word, opset=opset)
+    replacement = replace_norms(model, params, form, word, io=io, opset=opset)
     save_model(replacement.model, out)
     return replacement
 

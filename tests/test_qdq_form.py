@@ -13,8 +13,10 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, numpy_helper
-from onnx_models import N, feeds, model_with_norms, run_reference
+from onnx_models import N, feeds, model_with_norms, run_onnxruntime, run_reference
 from rows import adversarial, layer_of, noise, params_of, typical
+from test_bodies import NODE, data, model_of
+from test_bodies import norm as spelled
 from test_qdq import Block
 
 import fxp_layernorm as fxp
@@ -160,7 +162,7 @@ def test_no_float32_norm_is_beyond_the_bound(kind: NormKind, n: int, types: tupl
     spec = fxp.plan(layer_of(kind, n), params_of(types[0]), params_of(types[1]))
     draws = (adversarial(spec.input, n), noise(spec.input, n, 10), typical(spec.input, n, 10))
     codes = np.concatenate(draws)
-    value, error = float32_norm(spec, codes)
+    value, error = float32_norm(spec, [codes])
     for result in float32_norms(spec, codes):
         known = np.isfinite(error)
         off = np.abs(result.astype(np.float64) + spec.output.zero_point - value)
@@ -172,8 +174,8 @@ def test_a_norm_that_is_off_by_one_is_seen() -> None:
     spec = fxp.plan(layer_of(NormKind.LAYERNORM, 768), params_of("int8"), params_of("int8"))
     codes = typical(spec.input, 768, 20)
     right = np.clip(np.rint(fxp.reference.ideal(spec, codes)), -128, 127).astype(np.int8)
-    assert not beyond_float32(spec, codes, right).any()
-    assert beyond_float32(spec, codes, np.minimum(right, 126) + 1).mean() > 0.9
+    assert not beyond_float32(spec, [codes], right).any()
+    assert beyond_float32(spec, [codes], np.minimum(right, 126) + 1).mean() > 0.9
 
 
 def test_verification_fails_where_no_float32_norm_would_go() -> None:
@@ -223,3 +225,56 @@ def test_command_line(tmp_path: Path) -> None:
     assert document["passed"]
     assert all(norm["beyond"] == 0 for norm in document["norms"])
     assert document["exact"] == (sum(norm["mismatches"] for norm in document["norms"]) == 0)
+
+
+#: Two blocks whose norms follow sums; the first sum goes on to the second block.
+SUMS = "h = Mul(x, weight) t = Tanh(h) s0 = Add(h, t) " + spelled(NODE, "s0", "o")
+SUMS += "n1 = Tanh(o) s1 = Add(s0, n1) " + spelled(NODE, "s1", "y", 1)
+
+
+@pytest.mark.parametrize("exponents", [0, 7])
+def test_sums_before_float_norms(exponents: int) -> None:
+    model = model_of(SUMS, opset=21)
+    params = calibrate_model(model, Feeds(data()), fuse_residual=True, exponents=exponents)
+    assert [entry.spec.sum_output is not None for entry in params.norms] == [True, False]
+    exported = export.quantize_model(model, params, form="qdq")
+    onnx.checker.check_model(exported, full_check=True)
+    # both operands, the output, and the sum that is read elsewhere
+    assert operators(exported)["QuantizeLinear"] == operators(exported)["DequantizeLinear"] == 3 + 1 + 3
+    assert operators(exported)["Add"] == operators(model)["Add"]
+    result = export.verify(model, exported, params, Feeds(data()))
+    assert result.passed
+    assert result.codes == sum(3 * feed["x"].size for feed in data())
+    assert all(check.beyond == 0 and check.largest <= 1 for check in result.norms)
+    assert all(output.cosine > 0.999 for output in result.outputs)
+    # what is written is a model that is quantized already, whose norms add with the same parameters
+    for entry, again in zip(params.norms, quantized_norms(exported, fuse_residual=True).params.norms, strict=True):
+        for wanted, found in zip(entry.spec.operands, again.spec.operands, strict=True):
+            steps = [side.channel_steps(N).astype(np.float32) for side in (wanted, found)]
+            np.testing.assert_array_equal(steps[0], steps[1])
+        assert (again.spec.sum_output is None) == (entry.spec.sum_output is None)
+
+
+def test_a_sum_that_no_float32_gives_fails() -> None:
+    model = model_of(SUMS, opset=21)
+    params = calibrate_model(model, Feeds(data()), fuse_residual=True)
+    exported = export.quantize_model(model, params, form="qdq")
+    place = export.exported_norms(export.load_model(exported))[0]
+    probe = export.probe(exported)
+    names = [value.name for value in probe.graph.output]
+    results = [dict(zip(names, run_onnxruntime(probe, feed), strict=True)) for feed in data()]
+    assert export.verify(model, exported, params, Feeds(data()), results=Feeds(results)).passed
+    assert place.codes_sum is not None
+    for change in (place.codes_sum, place.residual or ""):
+        wrong = [{**arrays, change: arrays[change] ^ 2} for arrays in results]
+        found = export.verify(model, exported, params, Feeds(data()), results=Feeds(wrong))
+        assert not found.passed
+        assert (found.norms[0].beyond or 0) > 0
+
+
+def test_the_sum_of_16_bits_needs_its_opset() -> None:
+    model = model_of(SUMS)
+    params = calibrate_model(model, Feeds(data()), fuse_residual=True)
+    with pytest.raises(ModelError, match="needs opset 21 for codes of int16; the model has 17"):
+        export.quantize_model(model, params, form="qdq")
+    assert export.quantize_model(model, params, form="qdq", opset=21).opset_import[0].version == 21

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_models import N, run_onnxruntime
 
 import fxp_layernorm as fxp
-from fxp_layernorm import FxpLayerNorm, ModelError, NormKind, QuantParams, export, reference
+from fxp_layernorm import FxpLayerNorm, NormKind, QuantParams, export, reference
 from fxp_layernorm.analysis import Stage
 from fxp_layernorm.calibration import calibrate_model, quantized_norms
 from fxp_layernorm.cli import main
@@ -316,10 +316,27 @@ def test_calibration_with_data_keeps_the_sums() -> None:
     assert [norm.rows for norm in params.norms] == [50, 50]
 
 
-def test_a_sum_between_quantizers_has_the_form_qdq_already() -> None:
-    model = Residual().model()
-    with pytest.raises(ModelError, match="'norm0' is between quantizers already, with the residual add"):
-        export.quantize_model(model, quantized_norms(model).params, form="qdq")
+@pytest.mark.parametrize("change", [None, quantized_sum, quantized_sum_for_the_norm_alone])
+def test_float_norms_read_the_sum_itself(change: Any) -> None:
+    """The form qdq leaves the model's quantizers, but for those of a sum that the norm doesn't read any more."""
+    block = Residual()
+    if change is not None:
+        change(block)
+    model, feed = block.model(), block.feed()
+    params = quantized_norms(model, fuse_residual=True).params
+    exported = export.quantize_model(model, params, form="qdq")
+    onnx.checker.check_model(exported, full_check=True)
+    before, after = operators(model), operators(exported)
+    gone = int(change is quantized_sum_for_the_norm_alone)
+    for operator in ("QuantizeLinear", "DequantizeLinear"):
+        assert after[operator] == before[operator] - gone
+    norm = next(node for node in exported.graph.node if node.op_type == "LayerNormalization")
+    assert norm.input[0] == "sum"
+    result = export.verify(model, exported, params, Feeds(feed))
+    assert result.passed
+    assert [check.beyond for check in result.norms] == [0, 0]
+    assert all(check.largest <= 1 for check in result.norms)
+    assert result.codes == (2 + (params.norms[0].spec.sum_output is not None)) * feed["qa"].size
 
 
 @FORMS

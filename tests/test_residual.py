@@ -114,8 +114,8 @@ def test_residual_needs_an_add_in_the_model() -> None:
     other = model_of("h = Mul(x, weight) t = Tanh(h) s0 = Sub(h, t) " + norm(NORM, "s0", "y"))
     with pytest.raises(ModelError, match="add a residual; the model has none before it"):
         export.quantize_model(other, params)
-    with pytest.raises(ModelError, match="form qdq"):
-        export.quantize_model(model, params, form="qdq")
+    with pytest.raises(ModelError, match="add a residual; the model has none before it"):
+        export.quantize_model(other, params, form="qdq")
 
 
 def test_report_and_command(tmp_path: Path) -> None:

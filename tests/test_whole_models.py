@@ -136,6 +136,28 @@ def test_opset_and_ir_version_are_raised_when_asked(form: str) -> None:
     assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 5, N]
 
 
+def test_models_whose_ir_version_has_no_functions() -> None:
+    """They get the operators themselves, unless functions are asked for."""
+    model, data = model_of(LAYERNORMS["torch"][0], opset=14, ir_version=7), Feeds(data_of(2, 5, N))
+    params = calibrate_model(model, data)
+    done = export.replace_norms(model, params)
+    assert (done.writing.form, len(done.model.functions), done.model.ir_version) == ("inline", 0, 7)
+    assert export.verify(model, done.model, params, data).exact
+    assert export.replace_norms(model, params, opset=15).writing.form == "function"
+    with pytest.raises(ModelError, match=r"needs IR version 8; the model has 7. Leave .* or raise .* with --opset 15"):
+        export.quantize_model(model, params, form="function")
+    asked = export.quantize_model(model, params, form="function", opset=15)
+    assert (asked.ir_version, len(asked.functions)) == (8, 1)
+
+
+def test_the_ir_version_is_raised_to_that_of_the_models_own_opset() -> None:
+    model = model_with_norms(ir_version=7)
+    params = calibrate_model(model, Feeds(feeds()))
+    with pytest.raises(ModelError, match="or raise the model with --opset 17"):
+        export.quantize_model(model, params, form="function")
+    assert export.quantize_model(model, params, form="function", opset=17).ir_version == 8
+
+
 def test_opset_that_cannot_be_had() -> None:
     model = model_with_norms()
     params = calibrate_model(model, Feeds(feeds()))

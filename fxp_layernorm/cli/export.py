@@ -16,12 +16,10 @@ from . import common
 @click.option(
     "--form",
     type=click.Choice(["function", "inline", "qdq"]),
-    default="function",
-    show_default=True,
     help="function: each norm is one node of the domain fxp_layernorm, with the integer operators as its body. "
     "inline: the operators themselves, for consumers without model-local functions. qdq: the float norm between "
     "DequantizeLinear and QuantizeLinear with these parameters, for hardware with a LayerNorm of its own, whose codes "
-    "may differ from the kernel's.",
+    "may differ from the kernel's. [default: function, or inline where the model's IR version has no functions]",
 )
 @click.option(
     "--word", type=click.Choice(["int64", "int24", "float24"]), default="int64", show_default=True,
@@ -29,11 +27,19 @@ from . import common
     "2^24, for hardware that carries integers in float32; calibrate with --hardware carried24.",
 )  # fmt: skip
 @click.option(
+    "--io", type=click.Choice(["int32"]),
+    help="The type that carries the codes between the border and the integer norm, for accelerators without the codes' "
+    "own. [default: the codes' own]",
+)  # fmt: skip
+@click.option(
     "--opset", type=click.IntRange(1), metavar="N",
     help="Raise the model to this opset first, and its IR version with it. [default: both are kept]",
 )  # fmt: skip
 @common.json_option
-def export(model: Path, params: Path | None, out: Path, form: str, word: str, opset: int | None, as_json: bool) -> None:
+def export(
+    model: Path, params: Path | None, out: Path, form: str | None, word: str, io: str | None, opset: int | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Replace the norms of MODEL by integer ones, with the parameters that `calibrate` wrote.
 
     Without PARAMS those norms are replaced that stand between DequantizeLinear and QuantizeLinear: such a norm takes
@@ -51,12 +57,12 @@ def export(model: Path, params: Path | None, out: Path, form: str, word: str, op
 
     output = common.Output(as_json)
     loaded = common.parameters(model, params, word)
-    done = export_model(model, loaded, out, form=form, word=word, opset=opset)
+    done = export_model(model, loaded, out, form=form, word=word, io=io, opset=opset)
     before, after = (sum(1 for _ in graph.all_nodes()) for graph in (ir.load(model).graph, done.model.graph))
     replaced = [norm.name for norm in done.norms]
     document = {
         "replaced": len(replaced), "nodes_added": after - before,
-        "functions": len(done.model.functions), "form": form, "word": word,
+        "functions": len(done.model.functions), "form": done.writing.form, "word": word, "io": io,
         "opset": done.model.opset_imports.get("", 0), "out": str(out),
     }  # fmt: skip
     tables = [
