@@ -41,13 +41,13 @@ def moments(q, n, S, Q, exponents, constants, accumulator, in_bytes, in_words): 
 
 
 @_jit
-def row_stage(S, Q, R, M, X, N, n, exponents, constants, outer, short):  # type: ignore[no-untyped-def]
+def row_stage(S, Q, R, M, X, N, n, exponents, constants, outer, short, words):  # type: ignore[no-untyped-def]
     """Run the row stage alone."""
     vectors.widest()
     R[:], M[:] = S, Q
     for start in range(0, S.size, 64):
         rows = slice(start, min(start + 64, S.size))
-        row_scales(rows.stop - start, n, exponents, constants, outer, short, R[rows], M[rows], X[rows], N[rows])
+        row_scales(rows.stop - start, n, exponents, constants, outer, short, words, R[rows], M[rows], X[rows], N[rows])
 
 
 @_jit
@@ -57,7 +57,9 @@ def elements(q, out, exponents, G, B, R, M, X, N, constants, ends, words, longs)
     for start in range(0, len(q), 64):
         rows = slice(start, start + 64)
         count, x, y = min(64, len(q) - start), X[rows], N[rows]
-        second_pass(q, out, start, count, exponents, G, B, R[rows], M[rows], x, y, constants, ends, words, longs)
+        second_pass(
+            q, out, start, count, start + count, exponents, G, B, R[rows], M[rows], x, y, constants, ends, words, longs
+        )
 
 
 def fastest(call: Callable[[], object], seconds: float = 0.2) -> float:
@@ -87,7 +89,7 @@ def stages(pairing: Pairing, n: int) -> dict[str, float]:
     S, Q, R, M, X, N = np.zeros((6, rows + 7 & -8), dtype=np.int64)
     calls: dict[str, Callable[[], object]] = {
         "moments": lambda: moments(q, n, S, Q, exponents, constants, accumulator, in_bytes, in_words),
-        "row stage": lambda: row_stage(S, Q, R, M, X, N, n, exponents, constants, outer, short),
+        "row stage": lambda: row_stage(S, Q, R, M, X, N, n, exponents, constants, outer, short, words),
         "elements": lambda: elements(q, out, exponents, G, B, R, M, X, N, constants, ends, words, longs),
         "call": lambda: norm(q, out=out, threads=1),
         "copy": lambda: np.copyto(out, q, casting="unsafe"),

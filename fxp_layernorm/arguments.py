@@ -44,12 +44,14 @@ def kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
     origin = 0 if not plain else middle * unsigned if bits > 8 else middle * (unsigned - 1)
     base = middle if words is not None and plain and unsigned else 0
     rises = (0, 0) if height is None else (16 - spec.s1 - height, 16 - spec.s1)
-    limit = _word_limit(spec)
+    zero_point = int(spec.input.channel_zeros(spec.n)[0]) if plain else 0
+    lowest, highest = int(spec.ends[0].min()) + zero_point, int(spec.ends[1].max()) + zero_point
     constants = (
-        spec.input.zero_point if exponents is None and not added else 0, spec.m, spec.K + spec.h, spec.h, spec.E,
+        zero_point, spec.m, spec.K + spec.h, spec.h, spec.E,
         proof.reciprocal_bits(spec.n) if spec.lane == 64 else 63,
         spec.s1, spec.s2, min(chunk, spec.n), spec.kind is NormKind.LAYERNORM, split,
-        limit, _carry(spec), base, min(limit, (1 << 15) >> rises[0]), origin, *rises,
+        1 << 15 if spec.row_stage.t_max(spec.s1) >= 1 << 15 else 1 << 62, _carry(spec), base, lowest, origin, *rises,
+        highest,
     )  # fmt: skip
     ends = spec.output.lo, spec.output.hi
     return (
@@ -124,13 +126,6 @@ def _word_height(spec: LayerNormSpec) -> int | None:
     return next((k for k in heights if low << k >= -(1 << 15) and high << k < 1 << 15), None)
 
 
-def _word_limit(spec: LayerNormSpec) -> int:
-    """Return the R from which on t may leave 16 bits."""
-    if spec.row_stage.t_max(spec.s1) < 1 << 15:
-        return 1 << 62
-    return ((1 << (15 + spec.s1)) - (1 << spec.s1)) // (spec.row_stage.codes.spread + 1)
-
-
 def _word_tables(spec: LayerNormSpec, height: int) -> _WordTables:
     """Return the tables of `kernels.word_elements`.
 
@@ -182,17 +177,21 @@ def _carry(spec: LayerNormSpec) -> int:
     return min(((1 << 32) - 1) // largest**2 * 16, 1 << 15) & -BLOCK
 
 
-def _long_tables(spec: LayerNormSpec) -> tuple[_Array, _Array] | None:
-    """Return G and B for `kernels.long_elements`, or None if it can't hold the spec or gains nothing."""
-    codes = spec.input.dtype.numpy.itemsize <= 2 and spec.adder is None and spec.input.channels is None
+def _long_tables(spec: LayerNormSpec) -> tuple[_Array, _Array, _Array | None, _Array | None] | None:
+    """Return the tables of `kernels.long_elements`: G, B, weights and zeros; None if it can't hold the spec."""
     shifts = spec.s1 <= 20 and spec.s2 >= 32
     factors = max(spec.row_stage.t_max(spec.s1), *map(abs, spec.G)) < 1 << 31
-    if not (spec.lane == 64 and codes and shifts and factors and spec.output.dtype.numpy.itemsize == 2):
+    if not (spec.lane == 64 and shifts and factors):
         return None
     whole = spec.n - spec.n % BLOCK
     # two vectors in turn, of which one begins a place later
     G = np.array(spec.G[:whole], dtype=np.int64).reshape(-1, 2, 8).transpose(0, 2, 1).reshape(-1)
-    return _aligned(np.append(G, 0), np.int32), _aligned(_offsets(spec)[:whole], np.int64)
+    tables = _aligned(np.append(G, 0), np.int32), _aligned(_offsets(spec)[:whole], np.int64)
+    if spec.adder is not None or spec.input.channels is None:
+        return *tables, None, None
+    weights = np.left_shift(1, np.array(spec.input.channel_exponents(spec.n), dtype=np.int64))
+    zeros = spec.input.channel_zeros(spec.n) * weights
+    return *tables, _aligned(weights[:whole], np.int64), _aligned(-zeros[:whole], np.int64)
 
 
 def _aligned(values: _Array, dtype: type[np.integer[Any]]) -> _Array:

@@ -101,6 +101,21 @@ def test_a_row_does_not_depend_on_its_neighbours(n: int, rows: int) -> None:
     np.testing.assert_array_equal(norm(q), [norm(row) for row in q])
 
 
+@pytest.mark.parametrize("source", ["uint8", "int16"])
+def test_rows_whose_t_just_fits_16_bits_and_whose_t_just_does_not(source: str) -> None:
+    """They go different ways: a spike at the end of the codes, over more and more noise."""
+    n = 1088
+    spec = plan(layer_of(NormKind.LAYERNORM, n), params_of(source), params_of("int8"), lane=32)
+    size = (spec.input.hi - spec.input.lo) * np.linspace(0.001, 0.012, 30)[:, None]
+    q = np.rint(spec.input.zero_point + size * np.random.default_rng(0).uniform(-1, 1, n))
+    q[:, 700] = spec.input.hi
+    q = q.astype(spec.input.dtype.numpy)
+    spikes = np.array([reference.row_stages(spec, row.tolist()).t[700] for row in q])
+    assert ((spikes > 31_000) & (spikes < 1 << 15)).any()
+    assert ((spikes < 33_500) & (spikes >= 1 << 15)).any()
+    np.testing.assert_array_equal(FxpLayerNorm(spec)(q), reference.run(spec, q))
+
+
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize(
     ("source", "zero_in", "target", "zero_out"),

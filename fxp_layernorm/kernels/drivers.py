@@ -51,8 +51,8 @@ def _rows(
     while start < rows:
         count = min(block, rows - start)
         first_pass(q, start, count, n, exponents, constants, accumulator, in_bytes, in_words, S, Q)
-        row_scales(count, n, exponents, constants, outer, short, S, Q, X, N)
-        second_pass(q, out, start, count, exponents, G, B, S, Q, X, N, constants, ends, words, longs)
+        row_scales(count, n, exponents, constants, outer, short, words, S, Q, X, N)
+        second_pass(q, out, start, count, start + count, exponents, G, B, S, Q, X, N, constants, ends, words, longs)
         start = team.take(counter, block)
 
 

@@ -15,7 +15,7 @@ TILE = 1024
 
 
 @inlined
-def word_elements(q, out, row, start, stop, words, X, M, s2, ends, wide):
+def word_elements(q, out, row, later, start, stop, words, X, M, s2, ends, wide):
     """Compute output codes of a row by products of words (equations 6 to 9).
 
     X is R and M so much larger, and with it p, that t is the upper half of 32 bits, where the second product takes it
@@ -23,12 +23,13 @@ def word_elements(q, out, row, start, stop, words, X, M, s2, ends, wide):
     the first product. If `wide`, X is more than a word, and its upper word's product is added above.
     """
     G, B, weights, zeros = words
-    source, target = row * q.shape[1], row * out.shape[1]
+    source, target, later = row * q.shape[1], row * out.shape[1], later * q.shape[1]
     scale, minus_M = vectors.spread(np.int32(X)), vectors.spread(np.int32(-M))
     even = vectors.as_words(vectors.both(scale, vectors.spread(np.int32(0xFFFF))))
     odd = vectors.as_words(vectors.shift_left(scale, vectors.spread(np.int32(16))))
     upper = products.upper_words(scale)
     for i in range(start, stop, BLOCK):
+        vectors.fetch(q, later, i)
         first, second = first_half(q, source, i, weights, zeros), second_half(q, source, i, weights, zeros)
         p0 = p1 = p2 = p3 = minus_M
         if wide:
@@ -45,25 +46,36 @@ def word_elements(q, out, row, start, stop, words, X, M, s2, ends, wide):
 
 
 @inlined
-def long_elements(q, out, row, start, stop, longs, R, M, s1, s2, ends):
+def long_codes(q, row, i, weights, zeros):
+    """Return 8 codes in 64 bits, or, with weights, their u (equation 0) modulo 2**52."""
+    codes = products.code_longs(q, row, i)
+    if weights is None:
+        return codes
+    return products.multiply_52(vectors.load_longs(zeros, 0, i), codes, vectors.load_longs(weights, 0, i))
+
+
+@inlined
+def long_elements(q, out, row, later, start, stop, longs, R, M, s1, s2, ends):
     """Compute output codes of a row in 64 bits: p modulo 2**52, of which t is 32 (6 to 9)."""
-    G, B = longs
-    source, target = row * q.shape[1], row * out.shape[1]
+    G, B, weights, zeros = longs
+    source, target, later = row * q.shape[1], row * out.shape[1], later * q.shape[1]
     scale, minus_M, shift = vectors.spread(R), vectors.spread(-M), vectors.spread(s1)
-    for i in range(start, stop, 32):
-        p0 = products.multiply_52(minus_M, products.code_longs(q, source, i), scale)
-        p1 = products.multiply_52(minus_M, products.code_longs(q, source, i + 8), scale)
-        p2 = products.multiply_52(minus_M, products.code_longs(q, source, i + 16), scale)
-        p3 = products.multiply_52(minus_M, products.code_longs(q, source, i + 24), scale)
-        t0, t1 = vectors.shift_right_unsigned(p0, shift), vectors.shift_right_unsigned(p1, shift)
-        t2, t3 = vectors.shift_right_unsigned(p2, shift), vectors.shift_right_unsigned(p3, shift)
-        # the lower 32 of each 64 bits are G of one vector at one place, and that of the other at the next
-        a0 = vectors.add(vectors.load_longs(B, 0, i), products.multiply_32(t0, vectors.load_longs(G, 0, i)))
-        a1 = vectors.add(vectors.load_longs(B, 8, i), products.multiply_32(t1, vectors.load_longs(G, 1, i)))
-        a2 = vectors.add(vectors.load_longs(B, 16, i), products.multiply_32(t2, vectors.load_longs(G, 16, i)))
-        a3 = vectors.add(vectors.load_longs(B, 24, i), products.multiply_32(t3, vectors.load_longs(G, 17, i)))
-        y = products.narrow(products.shift_in_turn(a0, a1, s2), products.shift_in_turn(a2, a3, s2), q, out)
-        vectors.store(out, target, i, y if ends is None else vectors.clamp(y, ends[0], ends[1], out))
+    for block in range(start, stop, BLOCK):
+        vectors.fetch(q, later, block)
+        for i in range(block, block + BLOCK, 32):
+            p0 = products.multiply_52(minus_M, long_codes(q, source, i, weights, zeros), scale)
+            p1 = products.multiply_52(minus_M, long_codes(q, source, i + 8, weights, zeros), scale)
+            p2 = products.multiply_52(minus_M, long_codes(q, source, i + 16, weights, zeros), scale)
+            p3 = products.multiply_52(minus_M, long_codes(q, source, i + 24, weights, zeros), scale)
+            t0, t1 = vectors.shift_right_unsigned(p0, shift), vectors.shift_right_unsigned(p1, shift)
+            t2, t3 = vectors.shift_right_unsigned(p2, shift), vectors.shift_right_unsigned(p3, shift)
+            # the lower 32 of each 64 bits are G of one vector at one place, and that of the other at the next
+            a0 = vectors.add(vectors.load_longs(B, 0, i), products.multiply_32(t0, vectors.load_longs(G, 0, i)))
+            a1 = vectors.add(vectors.load_longs(B, 8, i), products.multiply_32(t1, vectors.load_longs(G, 1, i)))
+            a2 = vectors.add(vectors.load_longs(B, 16, i), products.multiply_32(t2, vectors.load_longs(G, 16, i)))
+            a3 = vectors.add(vectors.load_longs(B, 24, i), products.multiply_32(t3, vectors.load_longs(G, 17, i)))
+            y = products.narrow(products.shift_in_turn(a0, a1, s2), products.shift_in_turn(a2, a3, s2), q, out)
+            vectors.store(out, target, i, y if ends is None else vectors.clamp(y, ends[0], ends[1], out))
 
 
 @inlined
@@ -89,37 +101,27 @@ def plain_elements(q, out, i, start, stop, exponents, G, B, R, M, s1, s2, ends):
 
 
 @inlined
-def second_pass(q, out, start, count, exponents, G, B, R, M, X, N, constants, ends, words, longs):
+def second_pass(q, out, start, count, later, exponents, G, B, R, M, X, N, constants, ends, words, longs):
     """Compute the output codes of rows, a tile of channels in all of them before the next.
 
-    R and M are those of `plain_elements`; X and N those of `word_elements`, or N of `long_elements`.
+    R and M are those of `plain_elements`; X and N those of `word_elements`, where X isn't negative, or N of
+    `long_elements`. Meanwhile the second cache fetches the rows from `later` on.
     """
     n = len(G)
-    s1, s2, word_limit, narrow_limit = constants[6], constants[7], constants[11], constants[14]
+    s1, s2 = constants[6], constants[7]
     for left in range(0, n, TILE):
         right = min(left + TILE, n)
         whole = right - (right - left) % BLOCK
-        plain = whole < right
-        if words is not None and vectors.has_words():
-            for k in range(count):
-                if R[k] < narrow_limit:
-                    word_elements(q, out, start + k, left, whole, words, X[k], N[k], s2, ends, False)
-                elif R[k] < word_limit:
-                    word_elements(q, out, start + k, left, whole, words, X[k], N[k], s2, ends, True)
+        for k in range(count):
+            first, row, next_row = left, start + k, later + k
+            if longs is not None and vectors.has_longs():
+                long_elements(q, out, row, next_row, left, whole, longs, R[k], N[k], s1, s2, ends)
+                first = whole
+            if words is not None and vectors.has_words() and X[k] >= 0:
+                if X[k] < 1 << 15:
+                    word_elements(q, out, row, next_row, left, whole, words, X[k], N[k], s2, ends, False)
                 else:
-                    plain = True
-        elif longs is not None and vectors.has_longs():
-            for k in range(count):
-                long_elements(q, out, start + k, left, whole, longs, R[k], N[k], s1, s2, ends)
-        else:
-            plain = True
-        if plain:
-            for k in range(count):
-                first = left
-                if words is not None and vectors.has_words() and R[k] < word_limit:
-                    first = whole
-                if longs is not None and vectors.has_longs():
-                    first = whole
-                if first < right:
-                    scale, offset = R[k], M[k]
-                    plain_elements(q, out, start + k, first, right, exponents, G, B, scale, offset, s1, s2, ends)
+                    word_elements(q, out, row, next_row, left, whole, words, X[k], N[k], s2, ends, True)
+                first = whole
+            if first < right:
+                plain_elements(q, out, row, first, right, exponents, G, B, R[k], M[k], s1, s2, ends)

@@ -259,10 +259,12 @@ def shift_in_turn(typing_context, even, odd, shift):
 def narrow(typing_context, first, second, codes, out):
     """Return the lanes of two vectors as output codes: vpacksswb (or vpackssdw) and one permutation.
 
-    Two operations for 64 codes, where vpmovsdb is two for 16. Saturates to the type of `out`. The lanes come in the
-    order of `first_words` and `second_words`, or in pairs of 8, and leave in that of the codes.
+    Two operations for 64 codes, where vpmovsdb is two for 16. Saturates to the type of `out`, or to signed words if
+    that is narrower. The lanes come in the order of `first_words` and `second_words`, or in pairs of 8, and leave in
+    that of the codes.
     """
     result = Vector(first.bits // 2)
+    signed = out.dtype.signed or result.bits > out.dtype.bitwidth
     count = 512 // result.bits
     if first.bits == 32:
         codes_of = [16 * (k // 16) + 8 * (k % 2) + k % 16 // 2 for k in range(count)]
@@ -274,7 +276,7 @@ def narrow(typing_context, first, second, codes, out):
 
     def codegen(context, builder, signature, arguments):
         kind, wide = lanes(result.bits), arguments[0].type
-        name = f"pack{'ss' if out.dtype.signed else 'us'}{'wb' if first.bits == 16 else 'dw'}"
+        name = f"pack{'ss' if signed else 'us'}{'wb' if first.bits == 16 else 'dw'}"
         packed = _x86(context, builder, kind, arguments[:2], name, name)
         if packed is not None:
             # pieces of 64 bits, from both vectors in turn
@@ -283,7 +285,7 @@ def narrow(typing_context, first, second, codes, out):
                 builder, packed, packed,
                 [(k % wide.count // piece * 2 + k // wide.count) * piece + k % piece for k in lane_of],
             )  # fmt: skip
-        low = -1 << (result.bits - 1) if out.dtype.signed else 0
+        low = -1 << (result.bits - 1) if signed else 0
         value = pick(builder, arguments[0], arguments[1], lane_of)
         for sign, bound in (("<", low), (">", low + (1 << result.bits) - 1)):
             limit = constant(value.type, bound)

@@ -92,16 +92,18 @@ def row_scale(S, V0, n, m, x, h, E, cut, centred, outer, short):
 
 
 @inlined
-def row_scales(count, n, exponents, constants, outer, short, S, Q, X, N):
+def row_scales(count, n, exponents, constants, outer, short, words, S, Q, X, N):
     """Put R and M of rows in the place of S and Q, for `plain_elements`, and X and N for the vectors.
 
     M holds the rounding half of (7), and the zero point too if there are no exponents. X and N are R and M of codes
-    less what the vectors take from them, in their height.
+    less what the vectors take from them, in their height. For `words` X is -1 where t of the lowest or the highest
+    code leaves 16 bits.
     """
     m, x, h, E, cut, centred = constants[1], constants[2], constants[3], constants[4], constants[5], constants[9] != 0
     zero_point, origin = (constants[0], constants[15]) if exponents is None else (np.int64(0), np.int64(0))
-    base, rise, minus_rise = constants[13], constants[16], constants[17]
-    half = np.int64(1) << (constants[6] - 1)
+    base, rise, minus_rise, s1 = constants[13], constants[16], constants[17], constants[6]
+    limit, lowest, highest = constants[11], constants[14], constants[18]
+    half = np.int64(1) << (s1 - 1)
     # the variance is that of codes from any origin, and the mean moves with it; sums of squares want the zero point
     shift = np.int64(0) if centred else zero_point - origin
     lead = origin if centred else zero_point
@@ -111,3 +113,7 @@ def row_scales(count, n, exponents, constants, outer, short, S, Q, X, N):
         offset += product(lead, scale, short) - half
         S[k], Q[k] = scale, offset
         X[k], N[k] = scale << rise, (offset - product(base, scale, short)) << minus_rise
+        if words is not None:
+            low = (product(lowest, scale, short) - offset) >> s1
+            high = (product(highest, scale, short) - offset) >> s1
+            X[k] = X[k] if -limit <= low and high < limit else np.int64(-1)

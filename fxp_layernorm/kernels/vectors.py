@@ -210,15 +210,43 @@ load_bytes, load_words, load_ints, load_longs = map(_loader, (8, 16, 32, 64))
 
 @for_rows
 def store(typing_context, array, row, index, vector):
-    """Put 512 bits into an array from an index on."""
+    """Put a vector into an array from an index on; lanes that are wider than its items are saturated: vpmovswb."""
+    bits = array.dtype.bitwidth
 
     def codegen(context, builder, signature, arguments):
         values, row, index, vector = arguments
+        if bits < vector.type.element.width:
+            limits = array.dtype.minval, array.dtype.maxval
+            vector = builder.trunc(_within(builder, vector, limits, "icmp_signed"), lanes(bits, vector.type.count))
         address = _address(context, builder, array, values, builder.add(row, index), vector.type)
         builder.store(vector, address).align = 1
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.int64, vector), codegen
+
+
+@intrinsic
+def fetch(typing_context, array, row, index):
+    """Ask for the lines of the next 64 items of an array from an index on, wherever that is: prefetcht1.
+
+    The second cache then has them when the arithmetic on others is done: a quarter less time for 16-bit codes and
+    outputs that come from the third one.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        values, row, index = arguments
+        first = _address(context, builder, array, values, builder.add(row, index), ir.IntType(8))
+        kinds = [first.type, *3 * [ir.IntType(32)]]
+        prefetch = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0i8"
+        )
+        for line in range(0, 64 * array.dtype.bitwidth // 8, 64):
+            address = builder.gep(first, [ir.IntType(64)(line)])
+            # to be read, by the second cache, as data
+            builder.call(prefetch, [address, *(kind(k) for kind, k in zip(kinds[1:], (0, 2, 1), strict=True))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.int64), codegen
 
 
 @for_rows
@@ -254,17 +282,24 @@ def as_words(typing_context, vector):
 
 @for_rows
 def clamp(typing_context, vector, lo, hi, like):
-    """Return the lanes within two limits, by the sign that the array `like` has: vpmaxsb and vpminsb."""
-    name = "icmp_signed" if like.dtype.signed else "icmp_unsigned"
+    """Return the lanes within two limits: vpmaxsb and vpminsb.
+
+    They have the sign of the array `like`, or one if they are wider than its items.
+    """
+    name = "icmp_signed" if like.dtype.signed or vector.bits > like.dtype.bitwidth else "icmp_unsigned"
 
     def codegen(context, builder, signature, arguments):
-        vector = arguments[0]
-        for sign, bound in (("<", arguments[1]), (">", arguments[2])):
-            limit = fill(builder, vector.type, builder.trunc(bound, vector.type.element))
-            vector = builder.select(getattr(builder, name)(sign, vector, limit), limit, vector)
-        return vector
+        vector, *limits, _ = arguments
+        return _within(builder, vector, [builder.trunc(limit, vector.type.element) for limit in limits], name)
 
     return vector(vector, types.int64, types.int64, like), codegen
+
+
+def _within(builder, vector, limits, compare):
+    for sign, bound in zip("<>", limits, strict=True):
+        limit = constant(vector.type, bound) if isinstance(bound, int) else fill(builder, vector.type, bound)
+        vector = builder.select(getattr(builder, compare)(sign, vector, limit), limit, vector)
+    return vector
 
 
 @intrinsic
