@@ -21,6 +21,11 @@ def is_quantizer(node: ir.Node | None, operator: str) -> bool:
     return node is not None and node.op_type == operator and node.domain in _DOMAINS and len(node.inputs) >= 2
 
 
+def quantizes(node: ir.Node | None) -> bool:
+    """Whether a node is any of the two."""
+    return is_quantizer(node, QUANTIZE) or is_quantizer(node, DEQUANTIZE)
+
+
 def is_constant(value: ir.Value | None) -> bool:
     """Whether `constant` can tell a value; nothing is read for that.
 
@@ -32,7 +37,7 @@ def is_constant(value: ir.Value | None) -> bool:
     producer = value.producer()
     if producer is None or producer.op_type == "Constant":
         return ir.convenience.get_const_tensor(value) is not None
-    if producer.op_type == "Identity" or is_quantizer(producer, DEQUANTIZE) or is_quantizer(producer, QUANTIZE):
+    if producer.op_type == "Identity" or quantizes(producer):
         return all(source is None or is_constant(source) for source in producer.inputs)
     return False
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..proof import NormKind
+from .constants import quantizes
 from .evaluation import MEASURES, Array, Evaluator
 from .statistic import Statistic
 
@@ -83,12 +84,15 @@ class Decomposed:
     used_elsewhere: str | None
 
 
-def find_decomposed(graph: ir.Graph, evaluator: Evaluator) -> list[Decomposed]:
-    """Return the norms that the graph itself spells out, without its bodies, in the order of their roots."""
+def find_decomposed(graph: ir.Graph, evaluator: Evaluator, known: Set[ir.Node] = frozenset()) -> list[Decomposed]:
+    """Return the norms that the graph itself spells out, without its bodies, in the order of their roots.
+
+    The nodes of those that are known already are left out.
+    """
     finder = _Finder(graph, evaluator)
     found: dict[ir.Value, Decomposed] = {}
     with np.errstate(all="ignore"):
-        for value, squared in finder.roots():
+        for value, squared in finder.roots(known):
             norm = finder.norm(value, squared=squared)
             if norm is not None:
                 found.setdefault(norm.output, norm)
@@ -103,12 +107,13 @@ class _Finder:
         self._order = {node: index for index, node in enumerate(self._nodes)}
         self._evaluator = evaluator
         self._constants, self._shapes = evaluator.constants, evaluator.shapes
+        self._runs = evaluator.runs
 
-    def roots(self) -> Iterator[tuple[ir.Value, bool]]:
+    def roots(self, known: Set[ir.Node]) -> Iterator[tuple[ir.Value, bool]]:
         """Yield the arguments of the square roots; or a root itself, whose square is the argument."""
         for node in self._nodes:
             argument = node.inputs[0] if node.inputs else None
-            if not _known(node) or argument is None or self._evaluator.given(argument):
+            if node in known or not self._runs(node) or argument is None or self._evaluator.given(argument):
                 continue
             if node.op_type == "ReduceL2":
                 yield node.outputs[0], True
@@ -146,7 +151,7 @@ class _Finder:
                 yield next(iter(open_values)), nodes[::-1]
             producers = {value.producer() for value in open_values}
             latest = max(producers, key=lambda node: -1 if node is None else self._order.get(node, -1))
-            if latest is None or latest not in self._order or not _known(latest):
+            if latest is None or latest not in self._order or not self._runs(latest):
                 return
             open_values.difference_update(latest.outputs)
             open_values.update(value for value in latest.inputs if value is not None and not given(value))
@@ -290,7 +295,9 @@ class _Finder:
         heapq.heapify(queue)
         while queue and len(nodes) < _MOST_NODES:
             node = self._nodes[heapq.heappop(queue)]
-            if not _known(node) or not all(v is None or v in known or self._evaluator.given(v) for v in node.inputs):
+            if not self._runs(node) or not all(
+                v is None or v in known or self._evaluator.given(v) for v in node.inputs
+            ):
                 continue
             if all(value in self._shapes for value in node.outputs):
                 continue
@@ -346,10 +353,6 @@ class _Finder:
         return max((width for width in widths if width > 1), default=None)
 
 
-def _known(node: ir.Node) -> bool:
-    return node.op_type in OPERATORS and node.domain in ("", "ai.onnx")
-
-
 def _like(statistic: Array, shape: tuple[int, ...], expected: Array) -> bool:
     """Tell whether a statistic has one element a row, or is expanded to the shape of x."""
     return statistic.size == expected.size or statistic.shape == shape
@@ -379,7 +382,7 @@ def _last(fits: dict[ir.Value, tuple[Array, Array]]) -> ir.Value:
         current = node.outputs[0]
         if current not in fits:
             break
-        if node.op_type in _PASSING:
+        if node.op_type in _PASSING or quantizes(node):
             continue
         if beta.any() or node.op_type not in _AFFINE or (node.op_type in ("Mul", "Div") and np.any(gamma != 1)):
             break

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from ..errors import ModelError
-from .constants import constant, is_constant
+from .constants import constant, is_constant, quantizes
 
 Array = npt.NDArray[Any]
 #: The operators that take nothing but the shape of their input.
@@ -31,10 +31,15 @@ class Evaluator:
     opset : int
     around : Evaluator, optional
         That of the graph around it.
+    through : bool
+        Whether quantizers give what they take, as if nothing were rounded.
     """
 
-    def __init__(self, graph: ir.Graph, operators: Container[str], opset: int, around: Evaluator | None = None) -> None:
-        self._known, self._opset = operators, opset
+    def __init__(
+        self, graph: ir.Graph, operators: Container[str], opset: int, around: Evaluator | None = None, *,
+        through: bool = False,
+    ) -> None:  # fmt: skip
+        self._known, self._opset, self._through = operators, opset, through
         self._operators: dict[ir.Node, ReferenceEvaluator] = {}
         self._folded: dict[ir.Value, Array] = {}
         #: What no input of the model decides.
@@ -58,7 +63,11 @@ class Evaluator:
 
     def within(self, body: ir.Graph) -> Evaluator:
         """Return the evaluator of a body in the graph."""
-        return Evaluator(body, self._known, self._opset, self)
+        return Evaluator(body, self._known, self._opset, self, through=self._through)
+
+    def runs(self, node: ir.Node) -> bool:
+        """Tell whether a node is one of those that may be run."""
+        return (node.op_type in self._known and node.domain in ("", "ai.onnx")) or (self._through and quantizes(node))
 
     def constant(self, value: ir.Value) -> Array:
         """Return a constant's value.
@@ -101,6 +110,9 @@ class Evaluator:
         return values
 
     def _compute(self, node: ir.Node, values: dict[ir.Value, Array], sizes: Mapping[str, int]) -> None:
+        if self._through and quantizes(node) and (source := node.inputs[0]) is not None:
+            values[node.outputs[0]] = self.constant(source) if source in self.constants else values[source]
+            return
         operator = self._operators.get(node)
         if operator is None:
             operator = self._operators[node] = _operator(node, self._opset)

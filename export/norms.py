@@ -17,7 +17,7 @@ from ..exposure import CONTROL_FLOW
 from ..layer import LayerNorm, RMSNorm
 from ..proof import NormKind
 from . import fused
-from .constants import constant
+from .constants import QUANTIZE, constant, is_quantizer, quantizes
 from .decomposed import OPERATORS, Decomposed, find_decomposed
 from .evaluation import Evaluator
 
@@ -75,7 +75,7 @@ def find_norms(model: ir.Model) -> list[Norm]:
     These are the nodes LayerNormalization (opset 17 and later), RMSNormalization (opset 23 and later) and ONNX
     Runtime's SimplifiedLayerNormalization, SkipLayerNormalization, SkipSimplifiedLayerNormalization and
     EmbedLayerNormalization, and what computes the same in elementary operators, whatever its spelling. Functions that
-    hold norms and could not be inlined are searched for nodes.
+    hold norms and could not be inlined are searched for nodes. Norms whose inner values are quantized are listed, too.
     """
     opset = model.opset_imports.get("", 0)
     found: list[Norm] = []
@@ -86,6 +86,11 @@ def find_norms(model: ir.Model) -> list[Norm]:
         norms = [_norm(node, _name(node, names)) for node in fused_nodes]
         norms += [_decomposed(region, _name(region.nodes[-1], names)) for region in find_decomposed(graph, evaluator)]
         found += norms if inner is None else [replace(norm, layer=None, blocker=inner) for norm in norms]
+    if any(map(quantizes, model.graph.all_nodes())):
+        known = {node for norm in found for node in norm.nodes}
+        for graph, evaluator, _ in _scopes(model.graph, Evaluator(model.graph, OPERATORS, opset, through=True), ()):
+            regions = find_decomposed(graph, evaluator, known)
+            found += [norm for region in regions if (norm := _cut(region, _name(region.nodes[-1], names))) is not None]
     order = {node: index for index, node in enumerate(model.graph.all_nodes())}
     found.sort(key=lambda norm: order[norm.nodes[-1]])
     for function in model.functions.values():
@@ -180,6 +185,19 @@ def _decomposed(region: Decomposed, name: str) -> Norm:
         epsilon=region.epsilon, eps_outside=region.eps_outside, input=region.input.name or "",
         output=region.output.name or "", nodes=region.nodes, layer=layer, blocker=blocker,
     )  # fmt: skip
+
+
+def _cut(region: Decomposed, name: str) -> Norm | None:
+    """Return a norm whose inner values are quantized, None where they are not."""
+    rounded = [node.outputs[0].name for node in region.nodes if is_quantizer(node, QUANTIZE)]
+    if not rounded:
+        return None
+    more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
+    blocker = (
+        f"its inner values are quantized ({rounded[0]}{more}); quantize the float model again without this norm's "
+        "nodes (nodes_to_exclude of ONNX Runtime's quantize_static), which inspect --json lists"
+    )
+    return replace(_decomposed(region, name), layer=None, blocker=blocker)
 
 
 def _layer(

@@ -24,6 +24,7 @@ def inspect(model: Path, as_json: bool) -> None:
       fxp-layernorm inspect model.onnx
     """
     from ..export import find_border, find_norms, load_model
+    from ..export.constants import quantizes
 
     output = common.Output(as_json)
     norms = find_norms(load_model(model))
@@ -33,7 +34,8 @@ def inspect(model: Path, as_json: bool) -> None:
             {
                 "name": norm.name, "kind": norm.kind.value, "form": norm.form, "axes": list(norm.axes), "n": norm.n,
                 "epsilon": norm.epsilon, "eps_outside": norm.eps_outside, "input": norm.input,
-                "output": norm.output, "blocker": norm.blocker, "codes": _codes(borders[norm.name]),
+                "output": norm.output, "nodes": [node.name for node in norm.nodes if not quantizes(node)],
+                "blocker": norm.blocker, "codes": _codes(borders[norm.name]),
             }
             for norm in norms
         ]
