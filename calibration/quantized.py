@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..errors import FxpError, ModelError
 from ..export.loading import Model, load_model
 from ..export.norms import find_norms
-from ..export.qdq import find_border
+from ..export.qdq import find_border, lack
 from ..hardware import Hardware
 from ..params import ModelParams, NormParams
 from ..runtime import FeedHash
@@ -56,7 +56,7 @@ def quantized_norms(
     for norm in find_norms(loaded):
         border = find_border(norm, fuse_residual=fuse_residual)
         if norm.layer is None or border is None:
-            skipped[norm.name] = norm.blocker or "it stands between no quantizers; it needs data to be calibrated"
+            skipped[norm.name] = norm.blocker or lack(norm)
             continue
         try:
             spec = border.plan(norm.layer, lane, hardware)

@@ -43,10 +43,14 @@ def adds(node: ir.Node) -> bool:
 
 def is_skip(node: ir.Node) -> bool:
     """Tell whether a node adds up two tensors and nothing else before it normalizes."""
-    if node.domain != _RUNTIME or not node.op_type.startswith("Skip") or kind(node) is None:
-        return False
-    place = _PLACES[node.op_type][2]
-    return place is None or _input(node, place) is None
+    skips = node.domain == _RUNTIME and node.op_type.startswith("Skip") and kind(node) is not None
+    return skips and bias(node) is None
+
+
+def bias(node: ir.Node) -> ir.Value | None:
+    """Return what a norm that adds two tensors adds besides."""
+    place = _PLACES[node.op_type][2] if adds(node) else None
+    return None if place is None else _input(node, place)
 
 
 def value(node: ir.Node) -> ir.Value | None:
@@ -120,10 +124,8 @@ def split(node: ir.Node, opset: int) -> ir.Node:
 
 def _sum(tape: Tape, node: ir.Node) -> ir.Value:
     """Append input + skip + bias."""
-    place = _PLACES[node.op_type][2]
-    bias = None if place is None else _input(node, place)
-    total = tape.op("Add", [node.inputs[0], node.inputs[1]])
-    return total if bias is None else tape.op("Add", [total, bias])
+    total, besides = tape.op("Add", [node.inputs[0], node.inputs[1]]), bias(node)
+    return total if besides is None else tape.op("Add", [total, besides])
 
 
 def _embeddings(tape: Tape, node: ir.Node) -> ir.Value:

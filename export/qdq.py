@@ -22,7 +22,7 @@ from ..planner import plan
 from ..quantization import LARGEST_EXPONENT, DType, QuantParams
 from ..spec import LayerNormSpec
 from . import fused
-from .constants import DEQUANTIZE, QUANTIZE, codes_type, constant, is_quantizer
+from .constants import DEQUANTIZE, QUANTIZE, codes_type, constant, is_constant, is_quantizer
 from .norms import Norm
 
 
@@ -146,6 +146,20 @@ def fitting_border(norm: Norm, spec: LayerNormSpec) -> Border | None:
     """Return the quantizers around a norm whose codes a spec takes and gives."""
     found = (find_border(norm, fuse_residual=fuse_residual) for fuse_residual in (False, True))
     return next((border for border in found if border is not None and border.fits(spec)), None)
+
+
+def lack(norm: Norm) -> str:
+    """Tell why there are no quantizers around a norm that can be replaced."""
+    add = input_value(norm).producer()
+    if add is not None and _adds_constant(add, norm):
+        return "what it normalizes has a bias added in floats, which no codes are of; it needs data to be calibrated"
+    return "it stands between no quantizers; it needs data to be calibrated"
+
+
+def _adds_constant(node: ir.Node, norm: Norm) -> bool:
+    if node is norm.nodes[0]:
+        return fused.bias(node) is not None
+    return is_add(node, norm) and any(map(is_constant, node.inputs))
 
 
 def is_add(node: ir.Node | None, norm: Norm) -> bool:

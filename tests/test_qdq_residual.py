@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,31 @@ def test_onnxruntimes_nodes_that_add_and_normalize(form: str, sum_is_read: bool)
     assert export.verify(model, exported, params, Feeds(feed)).exact
     for found, original in zip(run_onnxruntime(exported, feed), run_onnxruntime(model, feed), strict=True):
         assert np.abs(found.astype(int) - original).max() <= 1
+
+
+@pytest.mark.parametrize("spelled", [True, False])
+def test_a_bias_besides_is_told(spelled: bool, tmp_path: Path) -> None:
+    """It is a real number a channel, of which there are no codes."""
+    block = Residual()
+    if spelled:
+        block.nodes[3] = helper.make_node("Add", ["a", "b"], ["two"])
+        block.nodes.insert(4, helper.make_node("Add", ["two", "beta1"], ["sum"]))
+    else:
+        inputs = ["a", "b", "gamma0", "beta0", "beta1"]
+        skip = helper.make_node(
+            "SkipLayerNormalization", inputs, ["h", "", "", "sum"], domain="com.microsoft", name="norm0"
+        )
+        del block.nodes[6]
+        block.nodes[3:4] = [skip]
+    model, feed = block.model(domains=("com.microsoft",)), block.feed()
+    onnx.save(model, tmp_path / "q.onnx")
+    result = CliRunner().invoke(main, ["export", str(tmp_path / "q.onnx"), "-o", str(tmp_path / "i.onnx"), "--json"])
+    document = json.loads(result.stdout)
+    assert document["norms"] == ["norm1"]
+    assert document["left"][0]["name"] == "norm0"
+    assert "a bias added in floats" in document["left"][0]["reason"]
+    params = calibrate_model(model, Feeds(feed))
+    assert export.verify(model, export.quantize_model(model, params), params, Feeds(feed)).exact
 
 
 def test_quantizers_of_onnxruntimes_domain() -> None:

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from ..calibration import QuantizedNorms
     from ..params import ModelParams
 
 PATH = click.Path(path_type=Path)
@@ -102,12 +103,16 @@ class _Rate(ProgressColumn):
 
 def parameters(model: Path, params: Path | None, word: str) -> ModelParams:
     """Return the parameters in a file, or without one those that a quantized model holds itself, planned for a word."""
-    from ..calibration import quantized_norms
     from ..params import ModelParams
 
-    if params is not None:
-        return ModelParams.load(params)
-    return quantized_norms(model, hardware=None if word == "int64" else "carried24").params
+    return quantized(model, word).params if params is None else ModelParams.load(params)
+
+
+def quantized(model: Path, word: str) -> QuantizedNorms:
+    """Return the parameters that a quantized model holds itself, planned for a word."""
+    from ..calibration import quantized_norms
+
+    return quantized_norms(model, hardware=None if word == "int64" else "carried24")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Group:

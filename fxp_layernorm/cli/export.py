@@ -54,10 +54,17 @@ def export(
     import onnx_ir as ir
 
     from ..export import export_model
+    from ..params import ModelParams
 
     output = common.Output(as_json)
-    loaded = common.parameters(model, params, word)
+    reasons: dict[str, str] = {}
+    if params is not None:
+        loaded = ModelParams.load(params)
+    else:
+        quantized = common.quantized(model, word)
+        loaded, reasons = quantized.params, quantized.skipped
     done = export_model(model, loaded, out, form=form, word=word, io=io, opset=opset)
+    left = done.left | {name: reasons[name] for name in done.left if name in reasons}
     before, after = (sum(1 for _ in graph.all_nodes()) for graph in (ir.load(model).graph, done.model.graph))
     replaced = [norm.name for norm in done.norms]
     document = {
@@ -67,14 +74,14 @@ def export(
     }  # fmt: skip
     tables = [
         common.table(f"{model.name} with integer norms", ("", ""), list(document.items())),
-        common.table("Norms", ("norm", "is"), [*((name, "replaced") for name in replaced), *_left(done.left)]),
+        common.table("Norms", ("norm", "is"), [*((name, "replaced") for name in replaced), *_left(left)]),
     ]
     output.result(
-        document | {"norms": replaced, "left": [{"name": name, "reason": done.left[name]} for name in done.left]},
+        document | {"norms": replaced, "left": [{"name": name, "reason": left[name]} for name in left]},
         *tables,
     )
-    left = f", {len(done.left)} stay float" if done.left else ""
-    output.close(f"{common.count(len(replaced), 'norm')} replaced in {out}{left}")
+    floats = f", {len(left)} stay float" if left else ""
+    output.close(f"{common.count(len(replaced), 'norm')} replaced in {out}{floats}")
 
 
 def _left(left: dict[str, str]) -> list[tuple[str, str]]:
