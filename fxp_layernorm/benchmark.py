@@ -304,12 +304,14 @@ def _copy(codes: npt.NDArray[np.int8], threads: int) -> Call:
     from . import team
 
     @njit(nogil=True)
-    def part(counter, target, codes, step):  # type: ignore[no-untyped-def]
-        start = team.take(counter, step)
-        while start < len(codes):
+    def part(ticket, target, codes, step):  # type: ignore[no-untyped-def]
+        parts = -(-len(codes) // step)
+        taken = team.take(ticket, parts)
+        while taken >= 0:
+            start = taken * step
             for k in range(np.uint64(start), np.uint64(min(start + step, len(codes)))):
                 target[k] = codes[k]
-            start = team.take(counter, step)
+            taken = team.take(ticket, parts)
 
     @njit(nogil=True)
     def copy(offer, target, codes, step):  # type: ignore[no-untyped-def]

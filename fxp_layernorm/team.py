@@ -10,6 +10,9 @@ A caller writes down what is to be done in a line of memory that only its call u
 - words 1 and 2: the addresses of the function to call, and of what it is called with, which lies on the caller's stack;
 - word 3: how many threads may join, which Python writes down before a call; 0 when they may.
 
+What is called gets a *ticket*, with which it takes its parts: the address of the counter of those that are taken, from
+the first on in its lower half and from the last on in its upper half, plus 1 in threads that help.
+
 The words 1 and 2 are written before word 0 lets threads in, and the caller returns only when nobody may join any more
 and nobody is at work. So whatever a thread that has joined finds there is valid until it leaves.
 """
@@ -34,7 +37,7 @@ _PATIENCE = 1 << 10
 intrinsic: Any = extending.intrinsic
 #: llvmlite's types.
 _WORD, _BYTES = ir.IntType(64), ir.IntType(8).as_pointer()
-_WORK = ir.FunctionType(ir.VoidType(), [_BYTES])
+_WORK = ir.FunctionType(ir.VoidType(), [_BYTES, _WORD])
 #: The seats in word 0, and what joining adds to it: one seat less, one more at work.
 _SEATS = _JOINED = _WORD((1 << 32) - 1)
 
@@ -61,13 +64,37 @@ def _pause(context, builder):
 
 
 @intrinsic
-def take(typing_context, counter, step):
-    """Return where the next part of some length begins, and move the counter at this address to its end."""
+def take(typing_context, ticket, parts):
+    """Return the number of the next part of so many that this thread is to do, or -1 when all are taken.
+
+    The caller takes them from the first on and threads that help from the last on. In the next call on the same arrays
+    a core then finds most of its parts in its own cache, and doesn't have to fetch what another one has written.
+    """
 
     def codegen(context, builder, signature, arguments):
-        return builder.atomic_rmw("add", _word(builder, arguments[0]), arguments[1], "monotonic")
+        ticket, parts = arguments
+        helps = builder.and_(ticket, _WORD(1))
+        counter = _word(builder, builder.xor(ticket, helps))
+        step = builder.shl(_WORD(1), builder.shl(helps, _WORD(5)))
+        taken = builder.atomic_rmw("add", counter, step, "monotonic")
+        first, last = builder.and_(taken, _WORD((1 << 32) - 1)), builder.lshr(taken, _WORD(32))
+        part = builder.select(
+            builder.trunc(helps, ir.IntType(1)), builder.sub(builder.sub(parts, _WORD(1)), last), first
+        )
+        return builder.select(builder.icmp_signed("<", builder.add(first, last), parts), part, _WORD(-1))
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def direction(typing_context, ticket):
+    """Return 1 where this thread takes the parts from the first on, and -1 where it does from the last on."""
+
+    def codegen(context, builder, signature, arguments):
+        helps = builder.and_(arguments[0], _WORD(1))
+        return builder.sub(_WORD(1), builder.add(helps, helps))
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic
@@ -84,8 +111,8 @@ def frozen(typing_context, array):
 def together(typing_context, offer, function, *arguments):
     """Call a compiled function in this thread and in those that accept an offer; return whether a call failed.
 
-    Each calls it with the address of one counter, at first 0, before the arguments, and they `take` their parts from
-    it. At the address 0 there is no offer, and this thread does all.
+    Each calls it with its ticket before the arguments, and they `take` their parts with it. At the address 0 there is
+    no offer, and this thread does all.
     """
     signature = function.get_call_type(typing_context, (types.int64, *arguments), {})
 
@@ -95,9 +122,9 @@ def together(typing_context, offer, function, *arguments):
         compiled = function.dispatcher.get_compile_result(signature)
         context.active_code_library.add_linking_library(compiled.library)
 
-        def call(builder, counter, failed, values):
-            counter = builder.ptrtoint(counter, _WORD)
-            status, _ = context.call_internal_no_propagate(builder, compiled.fndesc, signature, [counter, *values])
+        def call(builder, counter, helps, failed, values):
+            ticket = builder.or_(builder.ptrtoint(counter, _WORD), helps)
+            status, _ = context.call_internal_no_propagate(builder, compiled.fndesc, signature, [ticket, *values])
             with builder.if_then(status.is_error, likely=False):
                 builder.store_atomic(_WORD(1), failed, "monotonic", 8)
 
@@ -107,7 +134,7 @@ def together(typing_context, offer, function, *arguments):
         work.linkage = "internal"
         inner = ir.IRBuilder(work.append_basic_block())
         counter, failed, *given = _fields(inner, inner.bitcast(work.args[0], kind.as_pointer()))
-        call(inner, counter, failed, [inner.load(place) for place in given])
+        call(inner, counter, work.args[1], failed, [inner.load(place) for place in given])
         inner.ret_void()
 
         job = cgutils.alloca_once(builder, kind)
@@ -124,11 +151,11 @@ def together(typing_context, offer, function, *arguments):
                 seats = builder.load(_word(builder, offer, 3))
                 builder.store_atomic(seats, _word(builder, offer), "release", 8)
                 builder.store_atomic(_WORD(0), _word(builder, offer, 3), "release", 8)
-                builder.call(work, [address])
+                builder.call(work, [address, _WORD(0)])
                 builder.atomic_rmw("and", _word(builder, offer), builder.not_(_SEATS), "acquire")
                 _wait(context, builder, offer)
             with alone:  # without the way through memory
-                call(builder, counter, failed, values)
+                call(builder, counter, _WORD(0), failed, values)
         return builder.icmp_unsigned("!=", builder.load(failed), _WORD(0))
 
     return types.boolean(offer, function, types.StarArgTuple(arguments)), codegen
@@ -171,7 +198,7 @@ def join(typing_context, offer):
             swapped = builder.cmpxchg(state, seen, builder.add(seen, _JOINED), "acq_rel", "monotonic")
             with builder.if_then(builder.extract_value(swapped, 1)):
                 function, job = (builder.load(_word(builder, arguments[0], index)) for index in (1, 2))
-                builder.call(builder.inttoptr(function, _WORK.as_pointer()), [builder.inttoptr(job, _BYTES)])
+                builder.call(builder.inttoptr(function, _WORK.as_pointer()), [builder.inttoptr(job, _BYTES), _WORD(1)])
                 builder.atomic_rmw("sub", state, _WORD(1 << 32), "release")
                 builder.store(ir.IntType(1)(1), joined)
         return builder.load(joined)

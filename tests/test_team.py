@@ -15,23 +15,39 @@ from fxp_layernorm import team, threads
 
 
 @njit(error_model="numpy")
-def meet(counter, seen, met):  # type: ignore[no-untyped-def]
+def meet(ticket, seen, met):  # type: ignore[no-untyped-def]
     """Note that a thread is here, and wait until all are, for some seconds at most."""
-    me = team.take(counter, 1)
-    seen[me] = 1
+    me = team.take(ticket, len(seen))
+    seen[me] = team.direction(ticket)
     for _ in range(1 << 26):
-        if me >= len(seen) - 1 or team.take(counter, 0) >= len(seen):
+        if np.all(seen):
             met[me] = 1
             break
         team.rest()
+    return me
 
 
 @njit(error_model="numpy")
-def fail_late(counter, seen, met):  # type: ignore[no-untyped-def]
-    """Meet, and raise in the thread that came last."""
-    meet(counter, seen, met)
-    if len(seen) > 1 and seen[-1] and met[-1]:
+def fail_late(ticket, seen, met):  # type: ignore[no-untyped-def]
+    """Meet, and raise in the thread that has the last part."""
+    me = meet(ticket, seen, met)
+    if me > 0 and me == len(seen) - 1:
         raise ValueError
+
+
+@njit(error_model="numpy")
+def take_turns(ticket, owners, times):  # type: ignore[no-untyped-def]
+    """Take parts, and wait after each until as many have been taken from the other end, or all."""
+    mine = team.direction(ticket)
+    part = team.take(ticket, len(owners))
+    while part >= 0:
+        owners[part] = mine
+        times[part] += 1
+        for _ in range(1 << 26):
+            if len(owners) == 1 or np.sum(owners == -mine) >= np.sum(owners == mine) or np.all(owners):
+                break
+            team.rest()
+        part = team.take(ticket, len(owners))
 
 
 @njit(nogil=True)
@@ -58,6 +74,18 @@ def test_threads_are_in_one_call_at_the_same_time(own: threads.Team, count: int)
         met, failed = together(own, count, meet)
         assert met.all()
         assert not failed
+    own.close()
+
+
+@pytest.mark.parametrize("parts", [2, 7, 1000])
+def test_the_caller_takes_parts_from_the_first_on_and_helpers_from_the_last_on(own: threads.Team, parts: int) -> None:
+    call(0, take_turns, *np.zeros((2, 1), dtype=np.int64))
+    owners, times = np.zeros((2, parts), dtype=np.int64)
+    own.call(2, lambda offer: call(offer, take_turns, owners, times))
+    half = parts // 2
+    assert (times == 1).all()
+    assert (owners[:half] == 1).all()
+    assert (owners[parts - half :] == -1).all()
     own.close()
 
 

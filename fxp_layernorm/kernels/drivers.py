@@ -40,20 +40,23 @@ def run(
 
 @called
 def _rows(
-    counter, most, q, out, exponents, G, B, constants, accumulator, outer, ends, short, in_bytes, in_words, words, longs
+    ticket, most, q, out, exponents, G, B, constants, accumulator, outer, ends, short, in_bytes, in_words, words, longs
 ):
-    """Compute blocks of rows that stay in the cache between the two passes over them, as many as the counter gives."""
+    """Compute blocks of rows that stay in the cache between the two passes over them, as many as `team.take` gives."""
     vectors.widest()
     rows, n = len(q), len(G)
     block = max(1, min(rows, most, max(8, min(64, BLOCK_CODES // n & -8))))
     S, Q, X, N = np.empty((4, block + 7 & -8), np.int64)
-    start = team.take(counter, block)
-    while start < rows:
+    parts = -(-rows // block)
+    part = team.take(ticket, parts)
+    while part >= 0:
+        start = part * block
         count = min(block, rows - start)
         first_pass(q, start, count, n, exponents, constants, accumulator, in_bytes, in_words, S, Q)
         row_scales(count, n, exponents, constants, outer, short, words, S, Q, X, N)
-        second_pass(q, out, start, count, start + count, exponents, G, B, S, Q, X, N, constants, ends, words, longs)
-        start = team.take(counter, block)
+        later = start + team.direction(ticket) * count
+        second_pass(q, out, start, count, later, exponents, G, B, S, Q, X, N, constants, ends, words, longs)
+        part = team.take(ticket, parts)
 
 
 @jit()
@@ -64,15 +67,15 @@ def run_columns(offer, block, q, out, exponents, G, B, constants, accumulator, o
 
 
 @called
-def _columns(counter, block, q, out, exponents, G, B, constants, accumulator, outer, ends, short):
-    """Compute blocks of positions, as many as the counter gives; vectors go along them."""
+def _columns(ticket, block, q, out, exponents, G, B, constants, accumulator, outer, ends, short):
+    """Compute blocks of positions, as many as `team.take` gives; vectors go along them."""
     blocks = -(-q.shape[2] // block)
-    part = team.take(counter, 1)
-    while part < len(q) * blocks:
+    part = team.take(ticket, len(q) * blocks)
+    while part >= 0:
         i, left = part // blocks, part % blocks * block
         right = min(left + block, q.shape[2])
         _columns_between(q[i], out[i], left, right, exponents, G, B, constants, accumulator, outer, ends, short)
-        part = team.take(counter, 1)
+        part = team.take(ticket, len(q) * blocks)
 
 
 @called
@@ -129,12 +132,14 @@ def run_sums(offer, block, q, out, residual, sums, adder, coder, arguments):
 
 
 @called
-def _sums(counter, block, q, out, residual, sums, adder, coder, arguments):
-    """Compute blocks of rows, as many as the counter gives."""
+def _sums(ticket, block, q, out, residual, sums, adder, coder, arguments):
+    """Compute blocks of rows, as many as `team.take` gives."""
     n = len(arguments[1])
     u = np.empty((min(block, len(q)), n), np.int32)
-    start = team.take(counter, block)
-    while start < len(q):
+    parts = -(-len(q) // block)
+    part = team.take(ticket, parts)
+    while part >= 0:
+        start = part * block
         stop = min(start + block, len(q))
         rows = u[: stop - start]
         add(q[start:stop], None if residual is None else residual[start:stop], rows, *adder)
@@ -142,7 +147,7 @@ def _sums(counter, block, q, out, residual, sums, adder, coder, arguments):
             sum_codes(rows, sums[start:stop], *coder)
         if team.together(0, _rows, block, team.frozen(rows), out[start:stop], *arguments):
             raise MemoryError
-        start = team.take(counter, block)
+        part = team.take(ticket, parts)
 
 
 @called
