@@ -10,6 +10,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ TURN, UNTIMED = 3, 3
 #: Seconds until the threads of every pool sleep: OpenMP's look for work for some 5 ms, ONNX Runtime's for 30. And
 #: seconds of calls that are not timed then, as a core that has slept is slower for a while.
 REST, WARMING = 0.05, 0.01
+#: Seconds for which calls of one thread are made side by side.
+SIDE = 0.01
 
 Call = Callable[[], object]
 
@@ -85,9 +88,10 @@ def run(*, threads: int = 1, quick: bool = False, advance: Callable[[], None] = 
     -------
     dict
         ``cases``: for each shape and pairing the median rate, in 1e9 elements a second, its ratio to that of each
-        peer, and, with several threads, ``scaling``, its ratio to that of one; ``peers``: their rates; ``calls``: those
-        of other ways to call the first pairing, and what they gain; ``compile_s``: how long the first call of each
-        pairing took, apart from its run; ``environment``: the CPU and the versions.
+        peer, and, with several threads, ``scaling``, its ratio to that of one, and ``side_by_side``, that of as many
+        calls of one thread on shares of the rows, which is what the machine's cores and caches allow; ``peers``: their
+        rates; ``calls``: those of other ways to call the first pairing, and what they gain; ``compile_s``: how long the
+        first call of each pairing took, apart from its run; ``environment``: the CPU and the versions.
     """
     cases: list[dict[str, Any]] = []
     peers: list[dict[str, Any]] = []
@@ -100,15 +104,17 @@ def run(*, threads: int = 1, quick: bool = False, advance: Callable[[], None] = 
             for name, (_, norm) in norms.items():
                 first_call.setdefault(name, _compile(norm, codes[name]))
             ours: dict[str, Call] = {}
+            sides: dict[str, Callable[[], float]] = {}
             for name, (_, norm) in norms.items():
                 ours[name] = _bind(norm, codes[name], threads)
                 if threads > 1:
                     ours[f"{name}, 1 thread"] = _bind(norm, codes[name], 1)
+                    sides[f"{name}, side by side"] = _side_by_side(norm, codes[name], threads)
             plain = "int8 -> int8"
             ways = _ways(norms[plain][1], codes[plain], threads)
             rivals = _peers(codes[plain], threads)
             groups = [ours | ways, *({name: call} for name, call in rivals.items())]
-            times = _measure(groups, QUICK_SECONDS if quick else SECONDS, REST if threads > 1 else 0.0)
+            times = _measure(groups, sides, QUICK_SECONDS if quick else SECONDS, REST if threads > 1 else 0.0)
             shape = f"{rows} x {n}"
 
             def rate(name: str, elements: int = rows * n, times: dict[str, list[float]] = times) -> dict[str, float]:
@@ -126,7 +132,9 @@ def run(*, threads: int = 1, quick: bool = False, advance: Callable[[], None] = 
                     "ratio": {rival: _ratio(times[rival], times[name]) for rival in rivals},
                 }  # fmt: skip
                 if threads > 1:
-                    case["scaling"] = _ratio(times[f"{name}, 1 thread"], times[name])
+                    alone = times[f"{name}, 1 thread"]
+                    case["scaling"] = _ratio(alone, times[name])
+                    case["side_by_side"] = _ratio(alone, times[f"{name}, side by side"])
                 cases.append(case | rate(name))
             advance()
     return {
@@ -170,6 +178,27 @@ def _bind(norm: FxpLayerNorm, codes: npt.NDArray[Any], threads: int) -> Call:
     return lambda: norm(codes, threads=threads)
 
 
+def _side_by_side(norm: FxpLayerNorm, codes: npt.NDArray[Any], threads: int) -> Callable[[], float]:
+    """Return what measures the seconds of a call by threads that know nothing of each other, each with its rows."""
+    shares = np.array_split(codes, min(threads, len(codes)))
+    outs = [np.empty(share.shape, dtype=norm.spec.output.dtype.numpy) for share in shares]
+
+    def rate(share: npt.NDArray[Any], out: npt.NDArray[Any]) -> float:
+        start = now = time.perf_counter()
+        calls = 0
+        while now < start + SIDE:
+            norm(share, out, threads=1)
+            calls += 1
+            now = time.perf_counter()
+        return calls * len(share) / (now - start)
+
+    def seconds() -> float:
+        with ThreadPoolExecutor(len(shares)) as pool:
+            return len(codes) / sum(pool.map(rate, shares, outs))
+
+    return seconds
+
+
 def _compile(norm: FxpLayerNorm, codes: npt.NDArray[Any]) -> dict[str, Any]:
     """Return how long a call with one row takes the first time, and whether the cache spared its compilation."""
     from . import kernels
@@ -196,16 +225,18 @@ def _ways(norm: FxpLayerNorm, codes: npt.NDArray[Any], threads: int) -> dict[str
     }
 
 
-def _measure(groups: Sequence[Mapping[str, Call]], seconds: float, rest: float) -> dict[str, list[float]]:
+def _measure(
+    groups: Sequence[Mapping[str, Call]], sides: Mapping[str, Callable[[], float]], seconds: float, rest: float
+) -> dict[str, list[float]]:
     """Return times of each call; they take turns, so that a busy machine disturbs all alike.
 
-    Before each group there is a rest, in which the threads of other pools fall asleep.
+    Before each group there is a rest, in which the threads of other pools fall asleep. `sides` tell their times.
     """
     calls = {name: call for group in groups for name, call in group.items()}
     for call in calls.values():
         call()
     repeats = {name: max(1, int(1e-4 / _seconds(call, 1))) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in (*calls, *sides)}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < ROUNDS:
         for group in groups:
@@ -218,6 +249,8 @@ def _measure(groups: Sequence[Mapping[str, Call]], seconds: float, rest: float) 
                 # bring the data back into the cache from which the call before drove them, and threads out of sleep
                 _seconds(call, UNTIMED)
                 times[name].append(statistics.median(_seconds(call, repeats[name]) for _ in range(TURN)))
+        for name, side in sides.items():
+            times[name].append(side())
     return times
 
 

@@ -19,9 +19,9 @@ from .reference import check_operands
 from .spec import LayerNormSpec
 from .threads import TEAM, available_cores, share
 
-#: A thread takes at least this many elements by default: two threads then gain 1.25 times and more where calls follow
-#: each other, and lose a few microseconds where they have to be woken.
-THREAD_ELEMENTS = 1 << 17
+#: A thread takes at least this many elements by default, some 25 us: two threads then gain where calls follow each
+#: other, and lose little where one has to be woken, which takes as long.
+THREAD_ELEMENTS = 1 << 18
 #: A part of this many rows is as large as the kernel likes it.
 ALL = 1 << 62
 #: Rows that have to be copied or added are so in blocks of about this many elements.

@@ -23,6 +23,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "QUICK_SECONDS", 0.0)
     monkeypatch.setattr(benchmark, "REST", 0.001)
     monkeypatch.setattr(benchmark, "WARMING", 0.0)
+    monkeypatch.setattr(benchmark, "SIDE", 0.0001)
 
 
 def test_json_holds_every_pairing_and_peer() -> None:
@@ -40,7 +41,7 @@ def test_json_holds_every_pairing_and_peer() -> None:
     for case in document["cases"]:
         assert case["gelem_per_s"] > 0
         assert set(case["ratio"]) == peers
-        assert all(ratio > 0 for ratio in [case["scaling"], *case["ratio"].values()])
+        assert all(ratio > 0 for ratio in [case["scaling"], case["side_by_side"], *case["ratio"].values()])
     assert {(entry["peer"], entry["shape"]) for entry in document["peers"]} == {
         (peer, shape) for peer in peers for shape in ("1 x 32", "40 x 32")
     }

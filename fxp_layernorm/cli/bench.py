@@ -18,7 +18,8 @@ def bench(threads: int, quick: bool, as_json: bool) -> None:
 
     Each peer is measured if it is installed (pip install fxp-layernorm[bench]), on the same data, in turns with the
     kernels. Rates are medians, in 1e9 elements a second; a ratio is how many times as fast as the peer the kernel is,
-    or, with several threads, as with one.
+    or, with several threads, as with one. Beside that is what as many calls of one thread reach side by side, each with
+    its share of the rows: what the machine allows.
     """
     from .. import benchmark
 
@@ -27,12 +28,12 @@ def bench(threads: int, quick: bool, as_json: bool) -> None:
     with output.progress("measuring", len(shapes)) as advance:
         document = benchmark.run(threads=threads, quick=quick, advance=advance)
     peers = list(document["cases"][0]["ratio"])
-    scaling = ["x 1 thread"] if threads > 1 else []
+    scaling = {"x 1 thread": "scaling", "side by side": "side_by_side"} if threads > 1 else {}
     environment = document["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     cases = []
     for case in document["cases"]:
-        ratios = [case["scaling"] for _ in scaling] + [case["ratio"][peer] for peer in peers]
+        ratios = [case[key] for key in scaling.values()] + [case["ratio"][peer] for peer in peers]
         cases.append((case["case"], case["lane"], case["gelem_per_s"], case["us"], *ratios))
     rates = {(entry["peer"], entry["shape"]): entry["gelem_per_s"] for entry in document["peers"]}
     rows = [(shape, *(rates[peer, shape] for peer in peers)) for shape in dict.fromkeys(shape for _, shape in rates)]
