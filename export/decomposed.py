@@ -26,16 +26,18 @@ from .statistic import Statistic
 
 _REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"}
 #: What a value of the same meaning passes through.
-_PASSING = {"Cast", "Identity", "Reshape", "Expand", "Squeeze", "Unsqueeze", "Transpose"}
+_PASSING = {"Cast", "CastLike", "Identity", "Reshape", "Expand", "Squeeze", "Unsqueeze", "Transpose"}
 _AFFINE = {"Add", "Sub", "Mul", "Div"}
 _ARITHMETIC = _AFFINE | {"Pow", "Sqrt", "Reciprocal", "Neg", "Abs", "Max", "Min", "Clip", "Relu"}
-_SHAPES = {"Shape", "Size", "Gather", "Slice", "Concat", "ReduceProd"}
+_SHAPES = {"Shape", "Size", "Gather", "Slice", "Concat", "ReduceProd", "ConstantOfShape"}
+#: Norms of other axes, which TensorFlow's converter makes layer norms of: it gives them the statistics, or other axes.
+_BATCH, _INSTANCE = "BatchNormalization", "InstanceNormalization"
 #: What a norm in elementary operators is made of.
-OPERATORS = _REDUCTIONS | _PASSING | _ARITHMETIC | _SHAPES
+OPERATORS = _REDUCTIONS | _PASSING | _ARITHMETIC | _SHAPES | {_BATCH, _INSTANCE}
 #: Without one of these there is none.
-ROOTS = {"Sqrt", "Pow", "ReduceL2"}
+ROOTS = {"Sqrt", "Pow", "ReduceL2", _BATCH, _INSTANCE}
 
-#: Nodes that a region may have on either side of its x, and beyond an RMSNorm's x in search of a mean before it.
+#: Nodes that a region may have on either side of its x, and beyond the first x in search of one that more follows from.
 _MOST_NODES, _MORE_NODES = 64, 8
 #: Elements of a random tensor, at most.
 _MOST_ELEMENTS = 1 << 19
@@ -67,8 +69,8 @@ class Decomposed:
     input, output : onnx_ir.Value
     nodes : tuple of onnx_ir.Node
         What computes the output from the input, and nothing else; the output's node is last.
-    used_elsewhere : str or None
-        The name of an inner value that the rest of the model uses.
+    blocker : str or None
+        Why it can't be replaced.
     """
 
     kind: NormKind
@@ -81,7 +83,7 @@ class Decomposed:
     input: ir.Value
     output: ir.Value
     nodes: tuple[ir.Node, ...]
-    used_elsewhere: str | None
+    blocker: str | None
 
 
 def find_decomposed(graph: ir.Graph, evaluator: Evaluator, known: Set[ir.Node] = frozenset()) -> list[Decomposed]:
@@ -92,11 +94,24 @@ def find_decomposed(graph: ir.Graph, evaluator: Evaluator, known: Set[ir.Node] =
     finder = _Finder(graph, evaluator)
     found: dict[ir.Value, Decomposed] = {}
     with np.errstate(all="ignore"):
-        for value, squared in finder.roots(known):
-            norm = finder.norm(value, squared=squared)
+        for root in finder.roots(known):
+            norm = finder.norm(root)
             if norm is not None:
                 found.setdefault(norm.output, norm)
     return list(found.values())
+
+
+@dataclass(frozen=True)
+class _Root:
+    """A square root's argument: a value, or the square of one, plus what the root's node itself adds.
+
+    `node` is an InstanceNormalization, whose argument is no value of the graph but the variance of `value`.
+    """
+
+    value: ir.Value
+    squared: bool = False
+    added: float = 0.0
+    node: ir.Node | None = None
 
 
 class _Finder:
@@ -109,39 +124,59 @@ class _Finder:
         self._constants, self._shapes = evaluator.constants, evaluator.shapes
         self._runs = evaluator.runs
 
-    def roots(self, known: Set[ir.Node]) -> Iterator[tuple[ir.Value, bool]]:
-        """Yield the arguments of the square roots; or a root itself, whose square is the argument."""
+    def roots(self, known: Set[ir.Node]) -> Iterator[_Root]:
+        """Yield the square roots."""
         for node in self._nodes:
             argument = node.inputs[0] if node.inputs else None
             if node in known or not self._runs(node) or argument is None or self._evaluator.given(argument):
                 continue
+            epsilon = node.attributes.get_float("epsilon", 1e-5)
             if node.op_type == "ReduceL2":
-                yield node.outputs[0], True
+                yield _Root(node.outputs[0], squared=True)
+            elif node.op_type == _BATCH and (variance := node.inputs[4]) and not self._evaluator.given(variance):
+                yield _Root(variance, added=epsilon)
+            elif node.op_type == _INSTANCE:
+                yield _Root(argument, added=epsilon, node=node)
             elif node.op_type == "Sqrt":
-                yield argument, False
+                yield _Root(argument)
             elif node.op_type == "Pow" and (power := node.inputs[1]) is not None and power in self._constants:
                 exponent = self._evaluator.constant(power)
                 if exponent.size == 1 and abs(exponent.item()) == 0.5:
-                    yield argument, False
+                    yield _Root(argument)
 
-    def norm(self, argument: ir.Value, *, squared: bool = False) -> Decomposed | None:
-        """Return the norm with the root of `argument`, or of its square.
-
-        It is a LayerNorm before an RMSNorm, of the nearest x.
-        """
-        nearest: tuple[ir.Value, Statistic] | None = None
+    def norm(self, root: _Root) -> Decomposed | None:
+        """Return the norm with this root: a LayerNorm before an RMSNorm, with the last output, of the nearest x."""
+        if root.node is not None:
+            return self._norm_of_instances(root)
+        candidates: list[tuple[ir.Value, Statistic]] = []
         most = _MOST_NODES
-        for x, nodes in self._inputs(argument):
+        for x, nodes in self._inputs(root.value):
             if len(nodes) > most:
                 break
             if not any(node.op_type in _REDUCTIONS for node in nodes):
                 continue
-            statistic = self._statistic(x, nodes, argument, squared=squared)
-            if statistic is not None and statistic.kind is NormKind.LAYERNORM:
-                return self._region(x, statistic)
-            if statistic is not None and nearest is None:
-                nearest, most = (x, statistic), len(nodes) + _MORE_NODES
-        return None if nearest is None else self._region(*nearest)
+            statistic = self._statistic(x, nodes, root.value, squared=root.squared)
+            if statistic is not None:
+                most = len(nodes) + _MORE_NODES if not candidates else most
+                candidates.append((x, replace(statistic, epsilon=statistic.epsilon + root.added)))
+        for kind in (NormKind.LAYERNORM, NormKind.RMSNORM):
+            regions = [self._region(x, statistic) for x, statistic in candidates if statistic.kind is kind]
+            found = [region for region in regions if region is not None]
+            if found:
+                return max(found, key=lambda region: self._order[region.nodes[-1]])
+        return None
+
+    def _norm_of_instances(self, root: _Root) -> Decomposed | None:
+        """Return the norm that an InstanceNormalization is part of.
+
+        It has a gain and an offset for each row, and only those of the elements in a row, behind it, tell that it is
+        none of instances.
+        """
+        if root.value.shape is None or len(root.value.shape) < 3:
+            return None
+        axes = tuple(range(2 - len(root.value.shape), 0))
+        found = self._region(root.value, Statistic(NormKind.LAYERNORM, axes, unbiased=False, epsilon=root.added))
+        return found if found is not None and (np.ptp(found.gamma) or np.ptp(found.beta)) else None
 
     def _inputs(self, argument: ir.Value) -> Iterator[tuple[ir.Value, list[ir.Node]]]:
         """Yield each value that alone decides `argument`, the nearest first, with the nodes from it, in order."""
@@ -210,19 +245,20 @@ class _Finder:
     def _with_eps_outside(
         self, x: ir.Value, statistic: Statistic, nodes: list[ir.Node], *, whole: bool
     ) -> Iterator[Statistic]:
-        """Yield the statistic with what the nodes add to the root, where nothing is added under it."""
+        """Yield the statistic with what the nodes add to the root."""
         shape = self._sizes(x, nodes, statistic.axes, whole=whole)
-        if statistic.epsilon or shape is None:
+        if shape is None:
             return
         probe = np.random.default_rng(3).normal(size=shape)
         square = statistic.inner(probe)[1]
         zero, at_probe = (self._evaluator.run(nodes, x, tensor) for tensor in (np.zeros(shape), probe))
         for value, at_zero in zero.items():
             result = at_probe.get(value)
-            epsilon = float(at_zero.flat[0]) if at_zero.size and at_zero.dtype == np.float64 else 0.0
-            if not (0 < epsilon < np.inf and np.all(at_zero == epsilon)) or result is None:
+            root = float(at_zero.flat[0]) if at_zero.size and at_zero.dtype == np.float64 else 0.0
+            outside = root - math.sqrt(statistic.epsilon)
+            if not (0 < outside < np.inf and np.all(at_zero == root)) or result is None:
                 continue
-            possible = replace(statistic, epsilon=epsilon, outside=True, summed=False)
+            possible = replace(statistic, outside=outside, summed=False)
             if _like(result, shape, square) and _close(result, possible.divisor(square), shape):
                 yield possible
 
@@ -239,9 +275,13 @@ class _Finder:
         known = known if len(known) == len(shape) else ()
         correction = statistic.correction(math.prod(known) if known else gamma.size)
         root = math.sqrt(correction)
+        epsilon = statistic.outside / root if statistic.outside else statistic.epsilon / correction
+        blocker = None if used is None else f"its inner value {used!r} is used elsewhere"
+        if statistic.epsilon and statistic.outside:
+            blocker = f"{statistic.epsilon:.3g} is added under its root, and {statistic.outside:.3g} to it"
         return Decomposed(
-            statistic.kind, statistic.axes, known, statistic.epsilon / (root if statistic.outside else correction),
-            statistic.outside, gamma / root, beta, x, output, members, used,
+            statistic.kind, statistic.axes, known, epsilon, bool(statistic.outside), gamma / root, beta, x, output,
+            members, blocker,
         )  # fmt: skip
 
     def _fits(
@@ -263,10 +303,11 @@ class _Finder:
                 continue
             high, low = (statistic.rows(result[value])[0] for result in (plus, minus))
             gamma = (high - low) / 2 / normalized
-            beta = statistic.rows(at_zero)[0] if statistic.epsilon else (high + low) / 2
+            has_eps = bool(statistic.epsilon or statistic.outside)
+            beta = statistic.rows(at_zero)[0] if has_eps else (high + low) / 2
             if not (np.isfinite(gamma).all() and np.isfinite(beta).all() and gamma.any()):
                 continue
-            if not statistic.epsilon:
+            if not has_eps:
                 beta = np.where(np.abs(beta) < 1e-12 * np.abs(gamma), 0.0, beta)
             if statistic.kind is NormKind.LAYERNORM or not beta.any():  # RMSNorm has no offset
                 fits[value] = _exact(gamma, constants, dtype), _exact(beta, constants, dtype)

@@ -66,7 +66,11 @@ class Evaluator:
         return Evaluator(body, self._known, self._opset, self, through=self._through)
 
     def runs(self, node: ir.Node) -> bool:
-        """Tell whether a node is one of those that may be run."""
+        """Tell whether a node is one of those that may be run; a BatchNormalization in training is none."""
+        if node.op_type == "BatchNormalization" and (
+            len(node.outputs) > 1 or node.attributes.get_int("training_mode", 0) != 0
+        ):
+            return False
         return (node.op_type in self._known and node.domain in ("", "ai.onnx")) or (self._through and quantizes(node))
 
     def constant(self, value: ir.Value) -> Array:
@@ -86,6 +90,23 @@ class Evaluator:
                 floating = ir.DataType.from_numpy(array.dtype).is_floating_point()
                 self._folded[value] = array.astype(np.float64) if floating else array
         return self._folded[value]
+
+    def rounded(self, value: ir.Value) -> Array:
+        """Return a constant's value as the graph computes it, in its own types.
+
+        Raises
+        ------
+        ModelError
+            If its external data can't be read.
+        """
+        array, node = constant(value), value.producer()
+        if array is None:
+            assert node is not None
+            inputs = ((index, source) for index, source in enumerate(node.inputs) if source is not None)
+            feed = {f"x{index}": self.rounded(source) for index, source in inputs}
+            results = _operator(node, self._opset, widened=False).run(None, feed)
+            array = np.asarray(list(results)[list(node.outputs).index(value)])
+        return array
 
     def floats(self, nodes: Iterable[ir.Node]) -> list[Array]:
         """Return the float constants that nodes read."""
@@ -134,14 +155,21 @@ class Evaluator:
             values[output] = np.asarray(result)
 
 
-def _operator(node: ir.Node, opset: int) -> ReferenceEvaluator:
-    """Return a node by itself, that computes in float64 where it computes in floats."""
+def _operator(node: ir.Node, opset: int, *, widened: bool = True) -> ReferenceEvaluator:
+    """Return a node by itself, that gives float64 where it casts to floats if it is widened."""
+    if node.op_type == "BatchNormalization":  # the reference takes older ones for those of training
+        opset = max(opset, 15)
     proto = ir.to_proto(node)
     inputs = [f"x{index}" if name else "" for index, name in enumerate(proto.input)]
     outputs = [f"y{index}" for index in range(len(proto.output))]
     proto.input[:], proto.output[:] = inputs, outputs
     for attribute in proto.attribute:
-        if node.op_type == "Cast" and attribute.name == "to" and ir.DataType(attribute.i).is_floating_point():
+        if (
+            widened
+            and node.op_type == "Cast"
+            and attribute.name == "to"
+            and ir.DataType(attribute.i).is_floating_point()
+        ):
             attribute.i = onnx.TensorProto.DOUBLE
     graph = onnx.helper.make_graph([proto], "node", _untyped(inputs), _untyped(outputs))
     return ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)]))

@@ -83,7 +83,7 @@ def find_norms(model: ir.Model) -> list[Norm]:
     for graph, evaluator, around in _scopes(model.graph, Evaluator(model.graph, OPERATORS, opset), ()):
         inner = _unobservable(around)
         fused_nodes = [node for node in graph if fused.kind(node) is not None]
-        norms = [_norm(node, _name(node, names)) for node in fused_nodes]
+        norms = [_norm(node, _name(node, names), evaluator) for node in fused_nodes]
         norms += [_decomposed(region, _name(region.nodes[-1], names)) for region in find_decomposed(graph, evaluator)]
         found += norms if inner is None else [replace(norm, layer=None, blocker=inner) for norm in norms]
     if any(map(quantizes, model.graph.all_nodes())):
@@ -127,7 +127,7 @@ def _name(node: ir.Node, names: Counter[str | None]) -> str:
     return (node.name if node.name and names[node.name] == 1 else node.outputs[0].name) or ""
 
 
-def _norm(node: ir.Node, name: str) -> Norm:
+def _norm(node: ir.Node, name: str, evaluator: Evaluator | None = None) -> Norm:
     x, output, kind = fused.value(node), node.outputs[0], fused.kind(node)
     if x is None:
         raise ModelError(f"the {node.op_type} node {name!r} has no input")
@@ -135,7 +135,7 @@ def _norm(node: ir.Node, name: str) -> Norm:
     axis = node.attributes.get_int("axis", -1)
     epsilon = node.attributes.get_float("epsilon", 1e-12 if fused.adds(node) else 1e-5)
     optional = fused.parameters(node)
-    gamma, beta = map(constant, optional)
+    gamma, beta = (_parameter(value, evaluator) for value in optional)
     rank = len(x.shape) if x.shape is not None else None
     layer: LayerNorm | RMSNorm | None = None
     blocker: str | None = None
@@ -163,17 +163,17 @@ def _norm(node: ir.Node, name: str) -> Norm:
     )  # fmt: skip
 
 
+def _parameter(value: ir.Value | None, evaluator: Evaluator | None) -> npt.NDArray[Any] | None:
+    """Return a scale or bias, also where nodes compute it of constants."""
+    if value is None or evaluator is None or value not in evaluator.constants:
+        return constant(value)
+    return evaluator.rounded(value)
+
+
 def _decomposed(region: Decomposed, name: str) -> Norm:
-    last = region.axes == tuple(range(-len(region.axes), 0))  # others are transposed, for which the rank must be known
-    blocker: str | None = None
-    if region.used_elsewhere is not None:
-        blocker = f"its inner value {region.used_elsewhere!r} is used elsewhere"
-    elif not region.shape:
+    blocker = region.blocker
+    if blocker is None and not region.shape:
         blocker = "the size of the normalized dimensions is not known"
-    elif not last and region.input.shape is None:
-        blocker = (
-            f"its axes {', '.join(map(str, region.axes))} are not the last, and the rank of its input is not known"
-        )
     layer = None
     if blocker is None:
         gamma, beta = (parameter.reshape(region.shape) for parameter in (region.gamma, region.beta))

@@ -25,8 +25,8 @@ class Statistic:
     unbiased : bool
         Whether the sum of squares is divided by n - 1.
     epsilon : float
-    outside : bool
-        Whether epsilon is added to the root.
+    outside : float
+        What is added to the root.
     summed : bool
         Whether the sum of squares stands under the root instead of their mean.
     """
@@ -35,7 +35,7 @@ class Statistic:
     axes: tuple[int, ...]
     unbiased: bool
     epsilon: float
-    outside: bool = False
+    outside: float = 0.0
     summed: bool = False
 
     def inner(self, x: Array) -> tuple[Array, Array]:
@@ -54,12 +54,12 @@ class Statistic:
 
     def divisor(self, square: Array) -> Array:
         """Return what the deviations are divided by."""
-        return np.asarray(np.sqrt(square) + self.epsilon if self.outside else np.sqrt(square + self.epsilon))
+        return np.asarray(np.sqrt(square + self.epsilon) + self.outside)
 
     @property
     def unit(self) -> float:
         """The deviation at which eps decides."""
-        return max(self.epsilon if self.outside else math.sqrt(self.epsilon), _LEAST)
+        return max(self.outside, math.sqrt(self.epsilon), _LEAST)
 
     def normalize(self, x: Array) -> Array:
         """Return the normalized x as a matrix, the normalized axes last."""

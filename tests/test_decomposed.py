@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import io
 import math
 import time
 from pathlib import Path
@@ -97,6 +96,8 @@ RMSNORMS: dict[str, str] = {
     "one over": SQUARE + "q = Div(one, r) u = Mul(h, q) o = Mul(u, gamma)",
     "gain first": SQUARE + "q = Reciprocal(r) p = Mul(q, gamma) o = Mul(h, p)",
     "square by Mul": "s = Mul(h, h) v = MEAN(s) a = Add(v, eps) q = Pow(a, minus_half) u = Mul(h, q) o = Mul(u, gamma)",
+    "casts apart": "i = Cast<to = 1>(h) w = Cast<to = 1>(h) s = Mul(i, i) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) "
+    "u = Div(w, r) o = Mul(u, gamma)",
 }
 
 #: What is no norm, or none that one gain and offset a channel express.
@@ -110,8 +111,6 @@ OTHERS: dict[str, str] = {
     "L2 normalization, clamped": "s = Mul(h, h) v = SUM(s) r = Sqrt(v) c = Max(r, tiny) o = Div(h, c)",
     "n - 2": CENTRED
     + "s = Mul(d, d) z = SUM(s) v = Mul(z, inverse_n_less_2) a = Add(v, eps) r = Sqrt(a) o = Div(d, r)",
-    "eps on both sides of the root": CENTRED
-    + "s = Mul(d, d) v = MEAN(s) w = Add(v, eps) r = Sqrt(w) a = Add(r, eps) o = Div(d, a)",
     "L2 normalization, eps behind the root": "s = Mul(h, h) v = SUM(s) r = Sqrt(v) a = Add(r, eps) o = Div(h, a)",
     "eps taken off": CENTRED + "s = Mul(d, d) v = MEAN(s) r = Sqrt(v) a = Sub(r, eps) o = Div(d, a)",
     "eps as the least variance": CENTRED + "s = Mul(d, d) v = MEAN(s) a = Max(v, eps) r = Sqrt(a) o = Div(d, r)",
@@ -252,6 +251,46 @@ def test_variance_of_n_less_1(variance: str) -> None:
     gamma = CONSTANTS["gamma"].astype(np.float64)
     np.testing.assert_allclose(norm.layer.gamma, gamma * math.sqrt((N - 1) / N), rtol=1e-15)
     assert_replaced(model, data_of(2, 5, N))
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_eps_on_both_sides_of_the_root_is_listed(kind: str) -> None:
+    """The integers have one eps, so that such a norm stays float, but where the second is too small to matter."""
+    root = "v = MEAN(s) w = Add(v, eps) r = Sqrt(w) a = Add(r, SECOND) u = Div(d, a) g = Mul(u, gamma) o = Identity(g)"
+    text = (CENTRED + "s = Mul(d, d) " if kind == "layernorm" else "d = Identity(h) s = Mul(h, h) ") + root
+    (norm,) = find(model_of(text.replace("SECOND", "eps")))
+    assert (norm.kind, norm.output, norm.layer) == (kind, "g", None)
+    assert norm.blocker == "1e-05 is added under its root, and 1e-05 to it"
+    (norm,) = find(model_of(text.replace("SECOND", "tiny")))
+    assert (norm.kind, norm.output, norm.epsilon, norm.blocker) == (kind, "g", EPS, None)
+
+
+#: What TensorFlow's converter makes of Keras's LayerNormalization, and of others in three dimensions.
+FILLED = "gain = ConstantOfShape<value = float[1] {1.0}>(p0) offset = ConstantOfShape<value = float[1] {0.0}>(p0) "
+TENSORFLOW = {
+    "BatchNormalization": "f = Shape(h) a0 = Gather(f, first) b0 = Gather(f, ones) c0 = Gather(f, twos) "
+    "p0 = Mul(a0, b0) t0 = Concat<axis = 0>(ones, p0, c0, ones) w = Reshape(h, t0) m = AVERAGE(w) q = SQUEEZE(m) "
+    "e = Sub(w, m) s = Mul(e, e) z = AVERAGE(s) v = SQUEEZE(z) "
+    + FILLED + "k = BatchNormalization<epsilon = 1e-5>(w, gain, offset, q, v) u = Reshape(k, f) " + AFFINE,
+    "InstanceNormalization": "f = Shape(h) p0 = Slice(f, ones, twos) "
+    + FILLED + "u = InstanceNormalization<epsilon = 1e-5>(h, gain, offset) " + AFFINE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", [12, 18])
+@pytest.mark.parametrize("node", TENSORFLOW)
+def test_norms_of_other_axes_that_are_made_layernorms(node: str, opset: int) -> None:
+    """By statistics that the graph computes, or by a gain and an offset that are none of instances."""
+    text, by_attribute = TENSORFLOW[node], "<axes = [0, 2, 3]>"
+    for name, operator in (("AVERAGE", "ReduceMean"), ("SQUEEZE", "Squeeze")):
+        for value in "wsmz":
+            call = f"{operator}({value}, others)" if opset >= 18 else f"{operator}{by_attribute}({value})"
+            text = text.replace(f"{name}({value})", call)
+    model = model_of(text, opset=opset, twos=np.array([2]), others=np.array([0, 2, 3]))
+    (norm,) = find(model)
+    assert_is(norm, "layernorm")
+    exported = assert_replaced(model, data_of(2, 5, N))
+    assert node not in {node.op_type for node in exported.graph.node}
 
 
 @pytest.mark.parametrize("opset", [13, 18])
@@ -490,6 +529,18 @@ def test_constants_that_others_use_stay() -> None:
     np.testing.assert_array_equal(left.layer.gamma if left.layer else [], CONSTANTS["gamma"])
 
 
+def test_node_whose_parameters_are_computed_of_constants() -> None:
+    """As exporters leave them that fold no constants; rounded as the model rounds them."""
+    model = model_of("c = Cast<to = 10>(gamma) k = Cast<to = 1>(c) b = Slice(thirds, first, ones) e = Expand(b, width) "
+                     "o = LayerNormalization<axis = -1>(h, k, e)", opset=17, thirds=np.full(3, 1 / 3, dtype=np.float32),
+                     width=np.array([N]))  # fmt: skip
+    (norm,) = find(model)
+    assert norm.layer is not None
+    np.testing.assert_array_equal(norm.layer.gamma, CONSTANTS["gamma"].astype(np.float16))
+    np.testing.assert_array_equal(norm.layer.beta, np.full(N, 1 / 3, dtype=np.float32))
+    assert_replaced(model, data_of(2, 5, N))
+
+
 def test_simplified_layer_normalization() -> None:
     """ONNX Runtime's RMSNorm, which it registers in ONNX's own domain."""
     model = model_of("o = SimplifiedLayerNormalization<axis = -1, epsilon = 1e-5>(h, gamma)", opset=17)
@@ -523,30 +574,3 @@ def test_text_recognition() -> None:
     params = calibrate_model(path, Feeds(feeds))
     for form in ("inline", "function"):
         assert export.verify(path, export.quantize_model(path, params, form=form), params, Feeds(feeds)).exact
-
-
-@pytest.mark.parametrize("opset", [14, 16])
-@pytest.mark.parametrize(
-    ("shape", "options"), [((N,), {}), ((5, N), {}), ((N,), {"bias": False}), ((N,), {"elementwise_affine": False})]
-)
-@pytest.mark.filterwarnings("ignore")
-def test_torch_exports(opset: int, shape: tuple[int, ...], options: dict[str, bool]) -> None:
-    torch = pytest.importorskip("torch")
-    norm = torch.nn.LayerNorm(shape, eps=1e-6, **options)
-    for parameter in norm.parameters():
-        torch.nn.init.uniform_(parameter, 0.5, 2)
-    module = torch.nn.Sequential(torch.nn.Linear(N, N), norm, torch.nn.GELU()).eval()
-    file = io.BytesIO()
-    torch.onnx.export(
-        module, (torch.zeros(2, 5, N),), file, dynamo=False, opset_version=opset, input_names=["x"],
-        dynamic_axes={"x": {0: "batch"}},
-    )  # fmt: skip
-    model = onnx.load_from_string(file.getvalue())
-    (found,) = find(model)
-    assert (found.normalized_shape, found.epsilon, found.blocker) == (shape, float(np.float32(1e-6)), None)
-    assert found.layer is not None
-    if norm.weight is not None:
-        np.testing.assert_array_equal(found.layer.gamma, norm.weight.detach().numpy().ravel())
-    if norm.bias is not None:
-        np.testing.assert_array_equal(found.layer.beta, norm.bias.detach().numpy().ravel())
-    assert_replaced(model, data_of(3, 5, N))
