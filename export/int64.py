@@ -56,7 +56,7 @@ class Layout:
     squares : onnx_ir.DataType
         Type of the sum of squares.
     groups : int
-        How many sums of squares there are, 0 where there are no channel exponents.
+        How many weighted sums of the squares of q - z there are, 0 where one sum is enough without weights.
     steps : int
         Steps of Heron's method.
     """
@@ -74,22 +74,23 @@ class Layout:
         """Return the layout of a spec; raises ModelError if the word doesn't hold it."""
         if spec.m < 16:
             raise ModelError(f"the word int64 needs a root of at least 16 bits; the spec has m = {spec.m}")
-        exponents, zeros = spec.input.channel_exponents(spec.n), _zeros(spec)
-        groups = max(exponents) // _GROUP + 1 if spec.input.exponents is not None else 0
+        exponents, zeros = np.array(spec.input.channel_exponents(spec.n)), _zeros(spec)
         largest = max(spec.input.hi - int(zeros.min()), int(zeros.max()) - spec.input.lo)
         if (
-            not groups and (zeros == spec.input.channel_zeros(spec.n)).all()
+            spec.input.exponents is None and (zeros == spec.input.channel_zeros(spec.n)).all()
         ):  # the codes' bounds may be narrower than their type's
             largest = min(largest, spec.row_stage.codes.largest)
-        narrow = spec.lane < 64 and largest < 1 << 16 and (spec.n * largest) << max(exponents) < 1 << 31
-        squares = UINT32 if narrow and (spec.n * largest**2) << (6 if groups else 0) < 1 << 32 else UINT64
+        narrow = spec.lane < 64 and largest < 1 << 16 and (spec.n * largest) << int(exponents.max()) < 1 << 31
+        whole = narrow and int((4**exponents).sum()) * largest**2 < 1 << 32
+        grouped = narrow and not whole and spec.n * largest**2 << 2 * (_GROUP - 1) < 1 << 32
+        groups = int(exponents.max()) // _GROUP + 1 if grouped else int(narrow and not whole and exponents.any())
         return cls(
             kind=spec.kind,
             lane=UINT64 if spec.lane == 64 else UINT32,
             sums=UINT64 if spec.lane == 64 or spec.accumulator > 32 else UINT32,
             codes=UINT32 if narrow else UINT64,
-            squares=squares,
-            groups=groups if squares is UINT32 else min(groups, 1),
+            squares=UINT32 if whole or grouped else UINT64,
+            groups=groups,
             steps=1 if spec.m <= _ONE_STEP else 2,
         )
 
@@ -119,6 +120,7 @@ class Body:
     writer : Writer
     output : onnx_ir.DataType
         Of the result.
+    opset : int
 
     Raises
     ------
@@ -126,8 +128,8 @@ class Body:
         If the word doesn't hold the spec.
     """
 
-    def __init__(self, spec: LayerNormSpec, writer: Writer, output: ir.DataType) -> None:
-        self.spec, self.writer, self.output = spec, writer, output
+    def __init__(self, spec: LayerNormSpec, writer: Writer, output: ir.DataType, opset: int) -> None:
+        self.spec, self.writer, self.output, self._opset = spec, writer, output, opset
         self.layout = Layout.of(spec)
         if spec.lane == 64:
             writer.attributes["cut"] = proof.reciprocal_bits(spec.n)
@@ -151,7 +153,7 @@ class Body:
             values |= self._outer_epsilon()
         if isinstance(spec.input.zero_point, tuple):
             values["Z"] = spec.input.channel_zeros(spec.n).astype(self.layout.codes.numpy())
-        if self.layout.groups:
+        if spec.input.exponents is not None:
             exponents = np.array(spec.input.channel_exponents(spec.n), dtype=np.int64)
             values["P"] = np.left_shift(1, exponents).astype(self.layout.codes.numpy())
             for group in range(self.layout.groups):
@@ -178,7 +180,7 @@ class Body:
         v = w.cast(q, self.layout.codes)
         if _is_centred(self.spec):
             v = self._centre(v, channels)
-        u = op("Mul", v, channels["P"]) if self.layout.groups else v  # (0)
+        u = op("Mul", v, channels["P"]) if "P" in channels else v  # (0)
         S, Q = self._sums(u, v, channels)
         self.stages |= {"u": u, "Q": Q} if S is Q else {"u": u, "S": S, "Q": Q}
         R, mean = self._row_stage(S, Q, channels)
@@ -228,18 +230,31 @@ class Body:
     def _sums(self, u: Operand, v: Operand, channels: Mapping[str, Operand]) -> tuple[Operand, Operand]:
         """(1) and (2) in int64."""
         w, op, layout = self.writer, self.writer.op, self.layout
-        squares = op("Mul", v, v)
-        squares = squares if layout.squares == layout.codes else w.cast(squares, layout.squares)
-        weights = [channels[f"W{group}"] for group in range(layout.groups)] or [w.ones(layout.squares)]
-        # one MatMul a group is faster than one of several columns in ONNX Runtime
-        Q, *others = (w.cast(op("MatMul", squares, column), INT64) for column in weights)
-        for group, part in enumerate(others, 1):
-            Q = op("Add", Q, op("Mul", part, w.constant(4 ** (_GROUP * group))))
+        Q: Operand
+        if layout.groups or layout.squares != layout.codes:
+            squares = op("Mul", v, v)
+            squares = squares if layout.squares == layout.codes else w.cast(squares, layout.squares)
+            weights = [channels[f"W{group}"] for group in range(layout.groups)] or [w.ones(layout.squares)]
+            # one MatMul a group is faster than one of several columns in ONNX Runtime
+            Q, *others = (w.cast(op("MatMul", squares, column), INT64) for column in weights)
+            for group, part in enumerate(others, 1):
+                Q = op("Add", Q, op("Mul", part, w.constant(4 ** (_GROUP * group))))
+        else:
+            Q = w.cast(self._sum_of_squares(u), INT64)
         if layout.kind is NormKind.RMSNORM:
             return Q, Q  # there is no mean, and the sum is not used
         S = op("MatMul", u, w.ones(layout.codes))
         S = w.cast(S, INT32) if layout.codes == UINT32 else S  # as a signed number
         return w.cast(S, INT64), Q
+
+    def _sum_of_squares(self, u: Operand) -> Operand:
+        """Return each row times itself, without a tensor of squares where Unsqueeze has its axes as an input."""
+        w, op = self.writer, self.writer.op
+        if self._opset < 13:
+            return op("MatMul", op("Mul", u, u), w.ones(self.layout.codes))
+        axes = [np.array([axis], dtype=np.int64) for axis in (-2, -1)]
+        row, column = (op("Unsqueeze", u, axis) for axis in axes)
+        return op("Squeeze", op("MatMul", row, column), axes[-1])
 
     def _row_stage(self, S: Operand, Q: Operand, tables: Mapping[str, Operand]) -> tuple[Operand, Operand | None]:
         """(3) to (5): R, and c*R + D where there is a mean, in the type of the elements."""

@@ -163,7 +163,7 @@ def _append(
     flatten = len(spec.normalized_shape) > 1 or rank == 1
     inline = writing.form is Form.INLINE
     writer = Writer(tape if inline else Tape(), attributes(spec), inline=inline)
-    body = _body(spec, writing.word, writer, writing.codes(spec.output))
+    body = _body(spec, writing, writer, writing.codes(spec.output))
     lowest = max(body.opset, 14 if flatten else 0)  # for Reshape's allowzero
     if writing.opset < lowest:
         raise ModelError(
@@ -199,10 +199,10 @@ def attributes(spec: LayerNormSpec) -> dict[str, int | float]:
     }  # fmt: skip
 
 
-def _body(spec: LayerNormSpec, word: Word, writer: Writer, output: ir.DataType) -> int64.Body | narrow.Body:
-    if word is Word.INT64:
-        return int64.Body(spec, writer, output)
-    return narrow.Body(spec, bounded.INT32 if word is Word.INT24 else bounded.FLOAT, writer, output)
+def _body(spec: LayerNormSpec, writing: Writing, writer: Writer, output: ir.DataType) -> int64.Body | narrow.Body:
+    if writing.word is Word.INT64:
+        return int64.Body(spec, writer, output, writing.opset)
+    return narrow.Body(spec, bounded.INT32 if writing.word is Word.INT24 else bounded.FLOAT, writer, output)
 
 
 def _function(body: int64.Body | narrow.Body, writing: Writing, flatten: bool) -> ir.Function:

@@ -28,8 +28,8 @@ WORDS = pytest.mark.parametrize("word", ["int24", "float24"])
 Run = Callable[..., list[npt.NDArray[Any]]]
 LIMIT = 1 << 24
 
-#: kind, n, input, output, exponents (where they are 3 or 5, channels have zero points too); n = 5 has a large h,
-#: n = 1500 a sum of squares beyond 24 bits
+#: kind, n, input, output, exponents (where they are 3 or 5, channels have zero points too, and scales at the output);
+#: n = 5 has a large h, n = 1500 a sum of squares beyond 24 bits
 CASES = [
     (NormKind.LAYERNORM, 2, "int8", "int8", 0),
     (NormKind.LAYERNORM, 5, "uint8", "int8", 0),
@@ -46,11 +46,14 @@ EVERY = pytest.mark.parametrize(("kind", "n", "input", "output", "exponents"), C
 
 
 def spec_of(kind: NormKind, n: int, input: str = "int8", output: str = "int8", exponents: int = 0) -> fxp.LayerNormSpec:
-    params = params_of(input, exponents=exponents_of(n, exponents) if exponents else None)
+    params, other = params_of(input, exponents=exponents_of(n, exponents) if exponents else None), params_of(output)
     if exponents in (3, 5):
-        zeros = np.random.default_rng(n).integers(params.lo, params.hi, n, endpoint=True)
+        rng = np.random.default_rng(n)
+        zeros = rng.integers(params.lo, params.hi, n, endpoint=True)
         params = dataclasses.replace(params, zero_point=tuple(zeros.tolist()))
-    return fxp.plan(layer_of(kind, n), params, params_of(output), hardware="carried24")
+        zeros, steps = rng.integers(other.lo, other.hi, n, endpoint=True), other.scale * np.exp(rng.standard_normal(n))
+        other = fxp.QuantParams(output, steps.max(), tuple(zeros.tolist()), channel_scales=tuple(steps.tolist()))
+    return fxp.plan(layer_of(kind, n), params, other, hardware="carried24")
 
 
 def rows_of(spec: fxp.LayerNormSpec) -> npt.NDArray[Any]:
@@ -179,6 +182,10 @@ def test_spec_that_a_word_cannot_hold_is_refused(word: str) -> None:
     wide = fxp.plan(layer_of(NormKind.LAYERNORM, 64), params_of("int8"), params_of("int8"), lane=32)
     with pytest.raises(ModelError, match=r"lane has 32 bits.*The word int64 does; .* carried24"):
         to_onnx(wide, word=word)
+    scales = fxp.QuantParams("int8", 0.1, channel_scales=tuple(np.linspace(0.01, 0.1, 64).tolist()))
+    uneven = fxp.plan(layer_of(NormKind.LAYERNORM, 64), scales, params_of("int8"), lane=24)
+    with pytest.raises(ModelError, match=r"scales a channel as input.*The word int64 does"):
+        to_onnx(uneven, word=word)
     long = fxp.plan(layer_of(NormKind.LAYERNORM, 64), params_of("int16"), params_of("int8"), lane=24)
     with pytest.raises(ModelError, match=r"a value of up to \d+ of the spec .* it would reach 2\^24; .*int64"):
         to_onnx(long, word=word)
