@@ -31,10 +31,15 @@ def _quantized(tape: Tape, x: ir.Value, spec: LayerNormSpec, params: QuantParams
         x = op("Div", [x, constant(tape, _scales(spec, params))])
     dtype, scale = params.dtype.numpy, constant(tape, _shared_scale(params))
     whole = (params.lo, params.hi) == (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    whole = whole and isinstance(params.zero_point, int) and writing.io is None
     first = 13 if dtype.itemsize == 1 else 21  # the first opset whose QuantizeLinear has the type
-    if whole and writing.opset >= first:
-        return op("QuantizeLinear", [x, scale, constant(tape, dtype.type(params.zero_point))])
+    if whole and isinstance(params.zero_point, int) and writing.opset >= first:
+        if writing.io is None:
+            return op("QuantizeLinear", [x, scale, constant(tape, dtype.type(params.zero_point))])
+        # accelerators have casts of unsigned codes, if of any
+        unsigned = np.dtype(f"u{dtype.name.lstrip('u')}")
+        codes = op("QuantizeLinear", [x, scale, constant(tape, unsigned.type(params.zero_point - params.lo))])
+        codes = op("Cast", [codes], {"to": writing.codes(params)})
+        return op("Add", [codes, constant(tape, np.int32(params.lo))]) if params.lo else codes
     x = op("Add", [op("Round", [op("Div", [x, scale])]), constant(tape, _zeros(spec, params))])
     low, high = (constant(tape, np.float32(end)) for end in (params.lo, params.hi))
     return op("Cast", [op("Clip", [x, low, high])], {"to": writing.codes(params)})

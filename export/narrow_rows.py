@@ -160,12 +160,14 @@ class Rows:
     def _variance(self, Q: Terms, x: Number | None) -> list[Number]:
         """(3): the parts of V."""
         arithmetic, spec, n = self._arithmetic, self._spec, self._spec.n
-        most = (n * sum(number.high << shift for number, shift in Q) << 2 * spec.h) + spec.E
+        highest = sum(number.high << shift for number, shift in Q) << 2 * spec.h
+        most = n * highest + spec.E
         parts = max(-(-most.bit_length() // LIMB_BITS) - 1, 2)
         if most >> V_BITS:
             raise arithmetic.too_wide(f"a variance of {most.bit_length()} bits")
         self._parts = parts
         squares = self._carried(self._placed([(number, shift + 2 * spec.h) for number, shift in Q], parts), parts)
+        squares[-1] = squares[-1].within(0, highest >> LIMB_BITS * (parts - 1))  # what is carried has looser bounds
         divisor = arithmetic.param("n", n)
         columns = [[arithmetic.mul(part, divisor)] for part in squares]
         taken = self._placed(self._squared(x, 2 * spec.h), parts) if x is not None else [[] for _ in columns]

@@ -1,4 +1,4 @@
-"""Codes that int32 carries in whole models, for accelerators that know no tensors of 8 bits."""
+"""Codes that int32 carries in whole models, for accelerators that have no signed tensors of 8 bits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from fxp_layernorm.runtime import Feeds
 FORMS = pytest.mark.parametrize("form", ["inline", "function"])
 NARROW: dict[str, Any] = {"hardware": "carried24", "exponents": 0}
 WORDS = pytest.mark.parametrize(("word", "options"), [("int64", {}), ("int24", NARROW), ("float24", NARROW)])
-OF_8_BITS = {ir.DataType.INT8, ir.DataType.UINT8}
+SIGNED = {ir.DataType.INT8, ir.DataType.INT16}
+#: One zero point for all channels: the border is a QuantizeLinear, of unsigned codes.
+SHARED: dict[str, Any] = {"symmetric": True, "exponents": 0}
 
 
 def types_of(model: onnx.ModelProto) -> set[ir.DataType | None]:
@@ -43,12 +45,12 @@ def nodes_of(model: ir.Model) -> list[ir.Node]:
 
 @FORMS
 @WORDS
-def test_no_tensor_has_8_bits(word: str, options: dict[str, Any], form: str) -> None:
+def test_no_tensor_has_signed_codes_of_8_bits(word: str, options: dict[str, Any], form: str) -> None:
     model = model_with_norms()
     params = calibrate_model(model, Feeds(feeds()), **options)
     exported = export.quantize_model(model, params, form=form, word=word, io="int32")
-    assert not types_of(exported) & OF_8_BITS
-    assert types_of(export.quantize_model(model, params, form=form, word=word)) & OF_8_BITS
+    assert not types_of(exported) & SIGNED
+    assert types_of(export.quantize_model(model, params, form=form, word=word)) & SIGNED
     result = export.verify(model, exported, params, Feeds(feeds()))
     assert result.exact
     assert result.codes == sum(2 * feed["x"].size for feed in feeds())
@@ -65,8 +67,24 @@ def test_the_fused_residual_and_its_sum_are_carried_too() -> None:
     params = calibrate_model(model, Feeds(data()), fuse_residual=True)
     assert params.norms[0].spec.sum_output is not None
     exported = export.quantize_model(model, params, form="inline", io="int32")
-    assert not types_of(exported) & {*OF_8_BITS, ir.DataType.INT16}
+    assert not types_of(exported) & SIGNED
     assert export.verify(model, exported, params, Feeds(data())).exact
+
+
+@pytest.mark.parametrize(
+    ("types", "opset"), [(("int8", "uint8"), 17), (("uint8", "int8"), 17), (("int16", "uint16"), 21)]
+)
+def test_quantizers_give_unsigned_codes(types: tuple[str, str], opset: int) -> None:
+    """Of which accelerators have casts, and which are one addition from the signed ones."""
+    model = model_with_norms(opset=opset, ir_version=10)
+    params = calibrate_model(model, Feeds(feeds()), *types, **SHARED)
+    exported = export.quantize_model(model, params, form="inline", io="int32")
+    operators = [node.op_type for node in exported.graph.node]
+    assert operators.count("QuantizeLinear") == 2
+    assert "Round" not in operators
+    assert not types_of(exported) & SIGNED
+    outside = [{"x": feed["x"] * 9} for feed in feeds()]  # beyond both ends of the codes
+    assert export.verify(model, exported, params, Feeds(outside)).exact
 
 
 @FORMS
@@ -141,5 +159,5 @@ def test_command_line(tmp_path: Path) -> None:
 
     run("calibrate", model, "--data", feed, "-o", params)
     assert run("export", model, params, "-o", out, "--io", "int32")["io"] == "int32"
-    assert not types_of(onnx.load(out)) & OF_8_BITS
+    assert not types_of(onnx.load(out)) & SIGNED
     assert run("verify", model, out, params, "--data", feed)["exact"]

@@ -149,6 +149,19 @@ def test_one_product_is_taken_where_the_bound_allows_it(word: str) -> None:
     assert nodes[0] < nodes[1]
 
 
+@WORDS
+def test_a_part_times_n_that_just_fits(word: str) -> None:
+    """As in a sentence transformer, with the one outlier channel and most others' exponents: V has 60 bits."""
+    n, rng = 384, np.random.default_rng(0)
+    exponents = np.repeat(np.arange(8), [0, 0, 2, 363, 17, 1, 0, 1])
+    zeros = rng.integers(-124, 67, n)
+    zeros[:2] = -124, 66
+    params = fxp.QuantParams("int8", 0.002, zeros, exponents=rng.permutation(exponents))
+    spec = fxp.plan(layer_of(NormKind.LAYERNORM, n), params, params_of("int8"), hardware="carried24")
+    q = rows_of(spec)
+    np.testing.assert_array_equal(run_onnxruntime(to_onnx(spec, word=word), {"q": q})[0], reference.run(spec, q))
+
+
 @pytest.mark.parametrize("n", [64, 768, 1900])
 @WORDS
 def test_root_and_reciprocal_from_every_sum_of_squares(word: str, n: int) -> None:
