@@ -218,12 +218,14 @@ def _expected(
 
 
 def _narrowed(values: Mapping[str, npt.NDArray[Any]], name: str, dtype: DType) -> npt.NDArray[Any]:
-    """Return codes; other consumers may give them in wider types."""
+    """Return codes that may be carried in a wider type; those of any other are left to the kernel to refuse."""
     if name not in values:
         raise DataError(f"the results lack {name!r}; write the model that gives it, to be run elsewhere, with --probe")
     codes = np.asarray(values[name])
-    narrow = codes.astype(dtype.numpy, copy=False)
-    if narrow is not codes and not np.array_equal(narrow, codes):
+    if codes.dtype.kind in "iu" and codes.itemsize <= dtype.numpy.itemsize:
+        return codes
+    narrow = codes.astype(dtype.numpy)
+    if not np.array_equal(narrow, codes):
         raise DataError(f"the results hold {name!r} in {codes.dtype}, with values that are no {dtype}")
     return narrow
 

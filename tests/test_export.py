@@ -212,14 +212,6 @@ def test_parameters_of_another_model_are_refused() -> None:
         export.verify(model, model, params, Feeds(feeds()))
 
 
-def test_function_form_needs_an_ir_version_with_functions() -> None:
-    model = model_with_norms(ir_version=7)
-    params = calibrate_model(model, Feeds(feeds()))
-    with pytest.raises(ModelError, match=r"IR version 8; the model has 7\. Use --form inline"):
-        export.quantize_model(model, params, form="function")
-    assert export.verify(model, export.quantize_model(model, params, form="inline"), params, Feeds(feeds())).exact
-
-
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x08\x12\x04abcd" * 3])
 def test_files_that_are_no_models(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.onnx"
