@@ -15,6 +15,8 @@ from .row_stage import row_scale, row_scales
 
 #: So many codes of a block of rows should stay in the first cache between the two passes over them.
 BLOCK_CODES = 16384
+#: The next block is fetched meanwhile if it has at most so many codes: the second cache should hold both, and outputs.
+FETCHED = 65536
 #: So many columns are done together, where rows lie across: their codes of all channels should stay in the cache.
 COLUMNS = 256
 
@@ -54,7 +56,7 @@ def _rows(
         count = min(block, rows - start)
         first_pass(q, start, count, n, exponents, constants, accumulator, in_bytes, in_words, S, Q)
         row_scales(count, n, exponents, constants, outer, short, words, S, Q, X, N)
-        later = start + team.direction(ticket) * count
+        later = start + team.direction(ticket) * count if count * n <= FETCHED else start
         second_pass(q, out, start, count, later, exponents, G, B, S, Q, X, N, constants, ends, words, longs)
         part = team.take(ticket, parts)
 

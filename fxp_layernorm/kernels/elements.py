@@ -15,7 +15,7 @@ TILE = 1024
 
 
 @inlined
-def word_elements(q, out, row, later, start, stop, words, X, M, s2, ends, wide):
+def word_elements(q, out, row, start, stop, words, X, M, s2, ends, wide):
     """Compute output codes of a row by products of words (equations 6 to 9).
 
     X is R and M so much larger, and with it p, that t is the upper half of 32 bits, where the second product takes it
@@ -23,13 +23,12 @@ def word_elements(q, out, row, later, start, stop, words, X, M, s2, ends, wide):
     the first product. If `wide`, X is more than a word, and its upper word's product is added above.
     """
     G, B, weights, zeros = words
-    source, target, later = row * q.shape[1], row * out.shape[1], later * q.shape[1]
+    source, target = row * q.shape[1], row * out.shape[1]
     scale, minus_M = vectors.spread(np.int32(X)), vectors.spread(np.int32(-M))
     even = vectors.as_words(vectors.both(scale, vectors.spread(np.int32(0xFFFF))))
     odd = vectors.as_words(vectors.shift_left(scale, vectors.spread(np.int32(16))))
     upper = products.upper_words(scale)
     for i in range(start, stop, BLOCK):
-        vectors.fetch(q, later, i)
         first, second = first_half(q, source, i, weights, zeros), second_half(q, source, i, weights, zeros)
         p0 = p1 = p2 = p3 = minus_M
         if wide:
@@ -56,7 +55,10 @@ def long_codes(q, row, i, weights, zeros):
 
 @inlined
 def long_elements(q, out, row, later, start, stop, longs, R, M, s1, s2, ends):
-    """Compute output codes of a row in 64 bits: p modulo 2**52, of which t is 32 (6 to 9)."""
+    """Compute output codes of a row in 64 bits: p modulo 2**52, of which t is 32 (6 to 9).
+
+    Meanwhile the second cache fetches the codes of a later row.
+    """
     G, B, weights, zeros = longs
     source, target, later = row * q.shape[1], row * out.shape[1], later * q.shape[1]
     scale, minus_M, shift = vectors.spread(R), vectors.spread(-M), vectors.spread(s1)
@@ -105,7 +107,7 @@ def second_pass(q, out, start, count, later, exponents, G, B, R, M, X, N, consta
     """Compute the output codes of rows, a tile of channels in all of them before the next.
 
     R and M are those of `plain_elements`; X and N those of `word_elements`, where X isn't negative, or N of
-    `long_elements`. Meanwhile the second cache fetches the rows from `later` on.
+    `long_elements`, which fetches the rows from `later` on.
     """
     n = len(G)
     s1, s2 = constants[6], constants[7]
@@ -113,15 +115,15 @@ def second_pass(q, out, start, count, later, exponents, G, B, R, M, X, N, consta
         right = min(left + TILE, n)
         whole = right - (right - left) % BLOCK
         for k in range(count):
-            first, row, next_row = left, start + k, later + k
+            first, row = left, start + k
             if longs is not None and vectors.has_longs():
-                long_elements(q, out, row, next_row, left, whole, longs, R[k], N[k], s1, s2, ends)
+                long_elements(q, out, row, later + k, left, whole, longs, R[k], N[k], s1, s2, ends)
                 first = whole
             if words is not None and vectors.has_words() and X[k] >= 0:
                 if X[k] < 1 << 15:
-                    word_elements(q, out, row, next_row, left, whole, words, X[k], N[k], s2, ends, False)
+                    word_elements(q, out, row, left, whole, words, X[k], N[k], s2, ends, False)
                 else:
-                    word_elements(q, out, row, next_row, left, whole, words, X[k], N[k], s2, ends, True)
+                    word_elements(q, out, row, left, whole, words, X[k], N[k], s2, ends, True)
                 first = whole
             if first < right:
                 plain_elements(q, out, row, first, right, exponents, G, B, R[k], M[k], s1, s2, ends)
