@@ -16,8 +16,8 @@ from .spec import LayerNormSpec
 BLOCK = 64
 
 _Array = npt.NDArray[Any]
-#: G, B, shifts and zeros, each in the order of the vectors that they meet.
-_WordTables = tuple[_Array, _Array, _Array | None, _Array | None]
+#: G, B, weights and zeros, each in the order of the vectors that they meet, and how many bits of t a lower word has.
+_WordTables = tuple[_Array, _Array, _Array | None, _Array | None, int | None]
 
 
 def kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
@@ -35,23 +35,25 @@ def kernel_arguments(spec: LayerNormSpec) -> tuple[Any, ...]:
     wide = square >= 1 << 31
     split = not wide and 64 * square >= 1 << 31
     chunk = spec.n if wide else 1 << 15 if split else ((1 << 31) - 1) // max(square, 1)
-    height = _word_height(spec)
-    words = None if height is None else _word_tables(spec, height)
+    low = _low_bits(spec)
+    top = 16 - spec.s1 - low
+    height = _word_height(spec, top)
+    words = None if height is None else _word_tables(spec, height, low)
     longs = _long_tables(spec)
     # what the codes are less in the sums and, in words, in the products, unless that is done channel by channel
     unsigned, middle = spec.input.dtype.numpy.kind == "u", 1 << (bits - 1)
     plain = not added and exponents is None
     origin = 0 if not plain else middle * unsigned if bits > 8 else middle * (unsigned - 1)
     base = middle if words is not None and plain and unsigned else 0
-    rises = (0, 0) if height is None else (16 - spec.s1 - height, 16 - spec.s1)
+    rises = (0, 0) if height is None else (top - height, top)
     zero_point = int(spec.input.channel_zeros(spec.n)[0]) if plain else 0
     lowest, highest = int(spec.ends[0].min()) + zero_point, int(spec.ends[1].max()) + zero_point
     constants = (
         zero_point, spec.m, spec.K + spec.h, spec.h, spec.E,
         proof.reciprocal_bits(spec.n) if spec.lane == 64 else 63,
         spec.s1, spec.s2, min(chunk, spec.n), spec.kind is NormKind.LAYERNORM, split,
-        1 << 15 if spec.row_stage.t_max(spec.s1) >= 1 << 15 else 1 << 62, _carry(spec), base, lowest, origin, *rises,
-        highest,
+        1 << 15 + low if spec.row_stage.t_max(spec.s1) >= 1 << 15 + low else 1 << 62, _carry(spec), base, lowest,
+        origin, *rises, highest,
     )  # fmt: skip
     ends = spec.output.lo, spec.output.hi
     return (
@@ -109,8 +111,19 @@ def _offsets(spec: LayerNormSpec) -> npt.NDArray[np.int64]:
     return np.array([offset + (1 << (spec.s2 - 1)) for offset in spec.B], dtype=np.int64)
 
 
-def _word_height(spec: LayerNormSpec) -> int | None:
-    """Return how far above u the words lie that `kernels.word_elements` multiplies; None if it can't hold the spec."""
+def _low_bits(spec: LayerNormSpec) -> int:
+    """Return how many bits of t `kernels.word_elements` takes from a lower word, where G leaves them.
+
+    They are asked for where words hold t up to less than 32 standard deviations; those that the planner wants do.
+    """
+    return max(0, min(spec.F - 10, 15 - max(map(abs, spec.G)).bit_length(), 16 - spec.s1))
+
+
+def _word_height(spec: LayerNormSpec, top: int) -> int | None:
+    """Return how far above u the words lie that `kernels.word_elements` multiplies; None if it can't hold the spec.
+
+    At most `top`, which is how far p must rise altogether.
+    """
     if spec.lane == 64 or spec.accumulator > 32 or spec.output.dtype.bits > 8 or not spec.s1 <= 16 <= spec.s2:
         return None
     if max(map(abs, spec.G)) >= 1 << 15:
@@ -121,12 +134,12 @@ def _word_height(spec: LayerNormSpec) -> int | None:
         words = low >= -(1 << 15) and high < 1 << 15 if spec.adder is not None else spec.input.dtype.bits <= 16
         return None if exponents or not words else 0
     if spec.input.channels is None:  # then words are codes, and zero points wait in M
-        return min(8, 16 - spec.s1)
-    heights = range(min(7 - max(spec.input.channel_exponents(spec.n)), 16 - spec.s1), -1, -1)
+        return min(8, top)
+    heights = range(min(7 - max(spec.input.channel_exponents(spec.n)), top), -1, -1)
     return next((k for k in heights if low << k >= -(1 << 15) and high << k < 1 << 15), None)
 
 
-def _word_tables(spec: LayerNormSpec, height: int) -> _WordTables:
+def _word_tables(spec: LayerNormSpec, height: int, low: int) -> _WordTables:
     """Return the tables of `kernels.word_elements`.
 
     Words lie in the order of `products.first_words` and `second_words`; products take the even ones of 32 words before
@@ -135,11 +148,12 @@ def _word_tables(spec: LayerNormSpec, height: int) -> _WordTables:
     bytes_in = spec.adder is None and spec.input.dtype.numpy.itemsize == 1
     words = _order(spec.n, bytes_in)
     products = words.reshape(-1, 16, 2).transpose(0, 2, 1).reshape(-1)
-    G = np.stack([np.zeros(len(products)), np.array(spec.G, dtype=np.float64)[products]], axis=1).reshape(-1)
-    tables = _aligned(G, np.int16), _aligned(_offsets(spec)[products], np.int32)
+    G = np.array(spec.G, dtype=np.int64)[products]
+    pairs = np.stack([G * (low > 0), G << low], axis=1).reshape(-1)
+    tables = _aligned(pairs, np.int16), _aligned(_offsets(spec)[products], np.int32)
     if not bytes_in or (height == 8 and spec.input.channels is None):
-        return *tables, None, None
-    return *tables, *_weights(spec, words, height)
+        return *tables, None, None, low or None
+    return *tables, *_weights(spec, words, height), low or None
 
 
 def _order(n: int, bytes_in: bool) -> npt.NDArray[np.int64]:

@@ -101,18 +101,23 @@ def test_a_row_does_not_depend_on_its_neighbours(n: int, rows: int) -> None:
     np.testing.assert_array_equal(norm(q), [norm(row) for row in q])
 
 
-@pytest.mark.parametrize("source", ["uint8", "int16"])
-def test_rows_whose_t_just_fits_16_bits_and_whose_t_just_does_not(source: str) -> None:
-    """They go different ways: a spike at the end of the codes, over more and more noise."""
-    n = 1088
-    spec = plan(layer_of(NormKind.LAYERNORM, n), params_of(source), params_of("int8"), lane=32)
-    size = (spec.input.hi - spec.input.lo) * np.linspace(0.001, 0.012, 30)[:, None]
+@pytest.mark.parametrize(
+    ("source", "n", "F", "noise", "rows"),
+    [("uint8", 1088, 10, 0.0065, 30), ("int16", 1088, 10, 0.0065, 30), ("int16", 4096, 12, 0.0235, 10)],
+)
+def test_rows_whose_t_just_fits_words_and_whose_t_just_does_not(
+    source: str, n: int, F: int, noise: float, rows: int
+) -> None:
+    """They go different ways: a spike at the end of the codes, over more and more noise. Words hold 32 of its size."""
+    spec = plan(layer_of(NormKind.LAYERNORM, n), params_of(source), params_of("int8", 6.0), lane=32)
+    assert spec.F == F
+    size = (spec.input.hi - spec.input.lo) * np.linspace(0.9 * noise, 1.1 * noise, rows)[:, None]
     q = np.rint(spec.input.zero_point + size * np.random.default_rng(0).uniform(-1, 1, n))
     q[:, 700] = spec.input.hi
     q = q.astype(spec.input.dtype.numpy)
     spikes = np.array([reference.row_stages(spec, row.tolist()).t[700] for row in q])
-    assert ((spikes > 31_000) & (spikes < 1 << 15)).any()
-    assert ((spikes < 33_500) & (spikes >= 1 << 15)).any()
+    assert ((spikes > 31 << F) & (spikes < 32 << F)).any()
+    assert ((spikes < 33 << F) & (spikes >= 32 << F)).any()
     np.testing.assert_array_equal(FxpLayerNorm(spec)(q), reference.run(spec, q))
 
 

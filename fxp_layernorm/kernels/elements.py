@@ -15,27 +15,30 @@ TILE = 1024
 
 
 @inlined
-def word_elements(q, out, row, start, stop, words, X, M, s2, ends, wide):
+def word_elements(q, out, row, later, start, stop, words, X, M, s2, ends, wide):
     """Compute output codes of a row by products of words (equations 6 to 9).
 
     X is R and M so much larger, and with it p, that t is the upper half of 32 bits, where the second product takes it
-    from: its factors are pairs of words, of which the lower G is 0. The same zeros pick the even and the odd words for
-    the first product. If `wide`, X is more than a word, and its upper word's product is added above.
+    from: its factors are pairs of words, of which the lower G is 0. Where t has more bits, `low` says how many of them
+    are left in the lower half; the lower factor is then G, and the upper one so much larger. Zeros as in the second
+    product pick the even and the odd words for the first one. If `wide`, X is more than a word, and its upper word's
+    product is added above. Meanwhile the second cache fetches the codes of a later row.
     """
-    G, B, weights, zeros = words
-    source, target = row * q.shape[1], row * out.shape[1]
+    G, B, weights, zeros, low = words
+    source, target, later = row * q.shape[1], row * out.shape[1], later * q.shape[1]
     scale, minus_M = vectors.spread(np.int32(X)), vectors.spread(np.int32(-M))
     even = vectors.as_words(vectors.both(scale, vectors.spread(np.int32(0xFFFF))))
     odd = vectors.as_words(vectors.shift_left(scale, vectors.spread(np.int32(16))))
     upper = products.upper_words(scale)
     for i in range(start, stop, BLOCK):
+        vectors.fetch(q, later, i)
         first, second = first_half(q, source, i, weights, zeros), second_half(q, source, i, weights, zeros)
         p0 = p1 = p2 = p3 = minus_M
         if wide:
             p0, p1 = products.add_above(minus_M, vectors.multiply(first, upper))
             p2, p3 = products.add_above(minus_M, vectors.multiply(second, upper))
-        t0, t1 = vectors.as_words(products.dot(p0, first, even)), vectors.as_words(products.dot(p1, first, odd))
-        t2, t3 = vectors.as_words(products.dot(p2, second, even)), vectors.as_words(products.dot(p3, second, odd))
+        t0, t1 = products.split(products.dot(p0, first, even), low), products.split(products.dot(p1, first, odd), low)
+        t2, t3 = products.split(products.dot(p2, second, even), low), products.split(products.dot(p3, second, odd), low)
         a0 = products.dot(vectors.load_ints(B, 0, i), t0, vectors.load_words(G, 0, 2 * i))
         a1 = products.dot(vectors.load_ints(B, 16, i), t1, vectors.load_words(G, 32, 2 * i))
         a2 = products.dot(vectors.load_ints(B, 32, i), t2, vectors.load_words(G, 64, 2 * i))
@@ -55,10 +58,7 @@ def long_codes(q, row, i, weights, zeros):
 
 @inlined
 def long_elements(q, out, row, later, start, stop, longs, R, M, s1, s2, ends):
-    """Compute output codes of a row in 64 bits: p modulo 2**52, of which t is 32 (6 to 9).
-
-    Meanwhile the second cache fetches the codes of a later row.
-    """
+    """Compute output codes of a row in 64 bits: p modulo 2**52, of which t is 32 (6 to 9); `later` as before."""
     G, B, weights, zeros = longs
     source, target, later = row * q.shape[1], row * out.shape[1], later * q.shape[1]
     scale, minus_M, shift = vectors.spread(R), vectors.spread(-M), vectors.spread(s1)
@@ -107,23 +107,34 @@ def second_pass(q, out, start, count, later, exponents, G, B, R, M, X, N, consta
     """Compute the output codes of rows, a tile of channels in all of them before the next.
 
     R and M are those of `plain_elements`; X and N those of `word_elements`, where X isn't negative, or N of
-    `long_elements`, which fetches the rows from `later` on.
+    `long_elements`. Meanwhile the second cache fetches the rows from `later` on.
     """
     n = len(G)
     s1, s2 = constants[6], constants[7]
     for left in range(0, n, TILE):
         right = min(left + TILE, n)
         whole = right - (right - left) % BLOCK
-        for k in range(count):
-            first, row = left, start + k
-            if longs is not None and vectors.has_longs():
-                long_elements(q, out, row, later + k, left, whole, longs, R[k], N[k], s1, s2, ends)
-                first = whole
-            if words is not None and vectors.has_words() and X[k] >= 0:
-                if X[k] < 1 << 15:
-                    word_elements(q, out, row, left, whole, words, X[k], N[k], s2, ends, False)
+        plain = whole < right
+        if words is not None and vectors.has_words():
+            for k in range(count):
+                if 0 <= X[k] < 1 << 15:
+                    word_elements(q, out, start + k, later + k, left, whole, words, X[k], N[k], s2, ends, False)
+                elif X[k] >= 0:
+                    word_elements(q, out, start + k, later + k, left, whole, words, X[k], N[k], s2, ends, True)
                 else:
-                    word_elements(q, out, row, left, whole, words, X[k], N[k], s2, ends, True)
-                first = whole
-            if first < right:
-                plain_elements(q, out, row, first, right, exponents, G, B, R[k], M[k], s1, s2, ends)
+                    plain = True
+        elif longs is not None and vectors.has_longs():
+            for k in range(count):
+                long_elements(q, out, start + k, later + k, left, whole, longs, R[k], N[k], s1, s2, ends)
+        else:
+            plain = True
+        if plain:
+            for k in range(count):
+                first = left
+                if words is not None and vectors.has_words() and X[k] >= 0:
+                    first = whole
+                if longs is not None and vectors.has_longs():
+                    first = whole
+                if first < right:
+                    scale, offset = R[k], M[k]
+                    plain_elements(q, out, start + k, first, right, exponents, G, B, scale, offset, s1, s2, ends)

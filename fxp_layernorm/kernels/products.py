@@ -226,6 +226,24 @@ def upper_words(typing_context, value):
 
 
 @for_rows
+def split(typing_context, vector, low):
+    """Return 32 bits as two words, of which the lower one is shifted so that so many bits are left: vpsrlw with a mask.
+
+    If `low` is None, the lower one is not used, and can stay.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        vector, left = arguments
+        words = builder.bitcast(vector, lanes(16))
+        if isinstance(low, types.NoneType):
+            return words
+        by = builder.sub(ir.IntType(16)(16), builder.trunc(left, ir.IntType(16)))
+        return _in_turn(context, builder, builder.lshr(words, fill(builder, words.type, by)), words)
+
+    return Vector(16)(vector, low), codegen
+
+
+@for_rows
 def widen(typing_context, vector):
     """Return the sums of two lanes of 32 bits each, as unsigned numbers, in 64."""
 

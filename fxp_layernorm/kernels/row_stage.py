@@ -97,7 +97,7 @@ def row_scales(count, n, exponents, constants, outer, short, words, S, Q, X, N):
 
     M holds the rounding half of (7), and the zero point too if there are no exponents. X and N are R and M of codes
     less what the vectors take from them, in their height. For `words` X is -1 where t of the lowest or the highest
-    code leaves 16 bits.
+    code leaves its words.
     """
     m, x, h, E, cut, centred = constants[1], constants[2], constants[3], constants[4], constants[5], constants[9] != 0
     zero_point, origin = (constants[0], constants[15]) if exponents is None else (np.int64(0), np.int64(0))
@@ -113,7 +113,7 @@ def row_scales(count, n, exponents, constants, outer, short, words, S, Q, X, N):
         offset += product(lead, scale, short) - half
         S[k], Q[k] = scale, offset
         X[k], N[k] = scale << rise, (offset - product(base, scale, short)) << minus_rise
-        if words is not None:
-            low = (product(lowest, scale, short) - offset) >> s1
-            high = (product(highest, scale, short) - offset) >> s1
-            X[k] = X[k] if -limit <= low and high < limit else np.int64(-1)
+    if words is not None and limit < 1 << 62:
+        for k in range(count):
+            low, high = product(lowest, S[k], short) - Q[k], product(highest, S[k], short) - Q[k]
+            X[k] = X[k] if -limit <= low >> s1 and high >> s1 < limit else np.int64(-1)

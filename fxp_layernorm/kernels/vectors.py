@@ -229,8 +229,8 @@ def store(typing_context, array, row, index, vector):
 def fetch(typing_context, array, row, index):
     """Ask for the lines of the next 64 items of an array from an index on, wherever that is: prefetcht1.
 
-    The second cache then has them when the arithmetic on others is done: a quarter less time for 16-bit codes and
-    outputs that come from the third one.
+    The second cache then has them when the arithmetic on others is done. Of what comes from the third one, codes and
+    outputs of 16 bits take four fifths of the time, those of 8 bits up to a tenth less.
     """
 
     def codegen(context, builder, signature, arguments):
