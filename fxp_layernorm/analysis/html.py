@@ -78,7 +78,9 @@ def _render(template: str, **values: object) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(figure=_figure, decibel=_decibel, percent=_percent, magnitude=_magnitude)
-    return environment.get_template(template).render(plots=plots, version=__version__, **values)
+    return environment.get_template(template).render(
+        plots=plots, norm_plots=plots.NormPlots(), version=__version__, **values
+    )
 
 
 def _source(template: str) -> str:

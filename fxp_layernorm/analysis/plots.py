@@ -47,73 +47,88 @@ _STYLE: dict[str, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT),
 }  # fmt: skip
 #: Where two plots stand side by side.
-_PAIR = {"left": 0.13, "right": 0.98, "bottom": 0.25, "top": 0.97, "wspace": 0.22}
+_PAIR: dict[str, Any] = {"left": 0.13, "right": 0.98, "bottom": 0.25, "top": 0.97, "wspace": 0.22}
 #: Channels drawn by themselves; of more, each bar is the largest of several.
 _BARS = 192
 
 
-def attribution(norm: NormAnalysis) -> str:
-    """Return bars of the noise by stage."""
-    terms = norm.attribution.terms
-    names = [term.stage for term in terms] + ["interaction"]
-    shares = [100 * term.share for term in terms] + [100 * norm.attribution.interaction_share]
-    colours = [COLOURS[_KINDS[Stage(term.stage)]] for term in terms] + [_GREY]
-    with _style(f"attribution {norm.name}"):
-        figure = Figure(figsize=(4.6, 2.6))
-        axes = figure.add_axes((0.27, 0.17, 0.7, 0.81))
-        axes.barh(names, shares, color=colours)
-        axes.axvline(0, color=_TEXT, linewidth=0.8)
-        axes.invert_yaxis()
-        axes.set_xlabel("share of the noise, %")
-        return _svg(figure, f"Noise of {norm.name} by stage")
+class NormPlots:
+    """Draws the figures of a page's norms, each on the axes of the last one of its kind, which take the most time."""
 
+    def __init__(self) -> None:
+        self._drawn: dict[tuple[str, int], tuple[Figure, list[Any]]] = {}
 
-def errors(norm: NormAnalysis) -> str:
-    """Return histograms of both errors, the first with the proved bound."""
-    bound = norm.proved_bound_lsb
-    with _style(f"errors {norm.name}"):
-        figure = Figure(figsize=(4.6, 2.6))
-        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw=_PAIR)
-        _bars(left, norm.arithmetic.histogram, COLOURS["elements"])
-        for end in (-bound, bound):
-            left.axvline(end, color=COLOURS["bound"], linestyle="--", linewidth=1.2)
-        left.set_xlabel("against the ideal, LSB\n(dashed: proved bound)")
-        _bars(right, norm.total.histogram, _GREY)
-        right.set_xlabel("against the float layer,\nLSB")
-        left.set_ylabel("outputs")
-        return _svg(figure, f"Errors of {norm.name}")
+    def attribution(self, norm: NormAnalysis) -> str:
+        """Return bars of the noise by stage."""
+        terms = norm.attribution.terms
+        names = [term.stage for term in terms] + ["interaction"]
+        shares = [100 * term.share for term in terms] + [100 * norm.attribution.interaction_share]
+        colours = [COLOURS[_KINDS[Stage(term.stage)]] for term in terms] + [_GREY]
+        with _style(f"attribution {norm.name}"):
+            figure, (axes,) = self._axes("attribution", {"left": 0.27, "right": 0.97, "bottom": 0.17, "top": 0.98})
+            axes.barh(range(len(names)), shares, color=colours)
+            axes.axvline(0, color=_TEXT, linewidth=0.8)
+            axes.set_yticks(range(len(names)), names)
+            axes.set_ylim(len(names) - 0.4, -0.6)
+            axes.set_xlabel("share of the noise, %")
+            return _svg(figure, f"Noise of {norm.name} by stage")
 
+    def errors(self, norm: NormAnalysis) -> str:
+        """Return histograms of both errors, the first with the proved bound."""
+        bound = norm.proved_bound_lsb
+        with _style(f"errors {norm.name}"):
+            figure, (left, right) = self._axes("errors", _PAIR, 2, sharey=True)
+            _bars(left, norm.arithmetic.histogram, COLOURS["elements"])
+            for end in (-bound, bound):
+                left.axvline(end, color=COLOURS["bound"], linestyle="--", linewidth=1.2)
+            left.set_xlabel("against the ideal, LSB\n(dashed: proved bound)")
+            _bars(right, norm.total.histogram, _GREY)
+            right.set_xlabel("against the float layer,\nLSB")
+            left.set_ylabel("outputs")
+            return _svg(figure, f"Errors of {norm.name}")
 
-def codes(norm: NormAnalysis) -> str:
-    """Return histograms of the input and the output on the scale of their codes, with clip lines."""
-    with _style(f"codes {norm.name}"):
-        figure = Figure(figsize=(4.6, 2.6))
+    def codes(self, norm: NormAnalysis) -> str:
+        """Return histograms of the input and the output on the scale of their codes, with clip lines."""
         histograms = {"input": norm.input_histogram, "output": norm.output_histogram}
         if norm.residual_histogram is not None:
             histograms = {"input": norm.input_histogram, "residual": norm.residual_histogram, **histograms}
-        drawn = figure.subplots(1, len(histograms), gridspec_kw=_PAIR)
-        for axes, (name, histogram) in zip(drawn, histograms.items(), strict=True):
-            _bars(axes, histogram, COLOURS["input" if name == "residual" else name])
-            for clip in histogram.clips:
-                axes.axvline(clip, color=COLOURS["clipping"], linewidth=1.2)
-            axes.set_xlabel(f"{name} code, LSB\n(lines: clipped beyond)")
-        drawn[0].set_ylabel("values")
-        return _svg(figure, f"Inputs and outputs of {norm.name}")
+        with _style(f"codes {norm.name}"):
+            figure, drawn = self._axes("codes", _PAIR, len(histograms))
+            for axes, (name, histogram) in zip(drawn, histograms.items(), strict=True):
+                _bars(axes, histogram, COLOURS["input" if name == "residual" else name])
+                for clip in histogram.clips:
+                    axes.axvline(clip, color=COLOURS["clipping"], linewidth=1.2)
+                axes.set_xlabel(f"{name} code, LSB\n(lines: clipped beyond)")
+            drawn[0].set_ylabel("values")
+            return _svg(figure, f"Inputs and outputs of {norm.name}")
 
+    def channels(self, norm: NormAnalysis) -> str:
+        """Return the total error by channel."""
+        rms = np.array(norm.channels.rms_lsb)
+        group = -(-len(rms) // _BARS)
+        edges = np.append(np.arange(0, len(rms), group), len(rms))
+        tops = np.maximum.reduceat(rms, edges[:-1])
+        with _style(f"channels {norm.name}"):
+            figure, (axes,) = self._axes("channels", {"left": 0.12, "right": 0.97, "bottom": 0.17, "top": 0.97})
+            axes.stairs(tops, edges, fill=True, color=_GREY)
+            axes.set_xlabel("channel" if group == 1 else f"channel (the largest of {group})")
+            axes.set_ylabel("RMS error, LSB")
+            return _svg(figure, f"Error of {norm.name} by channel")
 
-def channels(norm: NormAnalysis) -> str:
-    """Return the total error by channel."""
-    rms = np.array(norm.channels.rms_lsb)
-    group = -(-len(rms) // _BARS)
-    edges = np.append(np.arange(0, len(rms), group), len(rms))
-    tops = np.maximum.reduceat(rms, edges[:-1])
-    with _style(f"channels {norm.name}"):
-        figure = Figure(figsize=(4.6, 2.6))
-        axes = figure.add_axes((0.12, 0.17, 0.85, 0.8))
-        axes.stairs(tops, edges, fill=True, color=_GREY)
-        axes.set_xlabel("channel" if group == 1 else f"channel (the largest of {group})")
-        axes.set_ylabel("RMS error, LSB")
-        return _svg(figure, f"Error of {norm.name} by channel")
+    def _axes(
+        self, kind: str, place: dict[str, Any], count: int = 1, *, sharey: bool = False
+    ) -> tuple[Figure, list[Any]]:
+        """Return a figure and its axes side by side, without what was drawn on them."""
+        if (kind, count) not in self._drawn:
+            figure = Figure(figsize=(4.6, 2.6))
+            side_by_side = figure.subplots(1, count, squeeze=False, sharey=sharey, gridspec_kw=place)[0]
+            self._drawn[kind, count] = figure, list(side_by_side)
+        figure, drawn = self._drawn[kind, count]
+        for axes in drawn:
+            for artist in (*axes.patches, *axes.lines):
+                artist.remove()
+            axes.ignore_existing_data_limits = True
+        return figure, drawn
 
 
 def harm(entries: tuple[Harm, ...]) -> str:
