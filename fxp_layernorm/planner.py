@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
@@ -173,6 +174,13 @@ class _Problem:
     sum_output: QuantParams | None
     hardware: Hardware
 
+    @cached_property
+    def _output(self) -> tuple[tuple[proof.Rationals, proof.Floats], tuple[proof.Rationals, proof.Floats]]:
+        """The gain and the offset of each channel in output LSB, exact and as floats."""
+        gain = proof.output_gain(tuple(self.layer.gamma.tolist()), self.output)
+        offset = proof.output_offset(tuple(self.layer.beta.tolist()), self.output)
+        return (gain, gain.to_float()), (offset, offset.to_float())
+
     def plan(self, lane: int, short: bool) -> list[LayerNormSpec]:
         """Return the spec with the least expected error in a lane, of all or of those with short factors.
 
@@ -190,8 +198,7 @@ class _Problem:
         codes = CodeBounds.of(kind, *code_ends(n, operands, adder))
         scale = adder.scale if adder is not None else self.input.scale
         h, E, A, l = _epsilon(layer, codes, scale, m, hardware.radicand)
-        gain, offset = proof.output_gain(gamma, output), proof.output_offset(beta, output)
-        gain_float, offset_float = gain.to_float(), offset.to_float()
+        (gain, gain_float), (offset, offset_float) = self._output
 
         unclamped = hardware.unclamped if short else None
         words = short and unclamped is None and output.dtype.bits <= 8 and lane < 64

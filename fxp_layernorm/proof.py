@@ -198,14 +198,15 @@ class Rationals:
     @classmethod
     def over(cls, values: Sequence[float], step: float, exponents: Sequence[int]) -> Rationals:
         """Return ``values[c] / (step * 2**exponents[c])``."""
-        scale = Fraction(step)
-        ratios = [value.as_integer_ratio() for value in values]
-        highest, common = max(exponents), max(bottom for _, bottom in ratios)
-        numerators = _objects(
-            (top * (common // bottom) * scale.denominator) << (highest - exponent)
-            for (top, bottom), exponent in zip(ratios, exponents, strict=True)
-        )
-        return cls(numerators, (common * scale.numerator) << highest)
+        scale, highest = Fraction(step), max(exponents)
+        mantissas, powers = np.frexp(np.array(values, dtype=np.float64))
+        whole = (mantissas * 2.0**53).astype(np.int64)  # values are odd * 2**powers, or 0
+        zeros = np.where(whole == 0, 0, np.frexp((whole & -whole).astype(np.float64))[1] - 1)
+        odd, powers = whole >> zeros, np.where(whole == 0, 0, powers.astype(np.int64) - 53 + zeros)
+        lowest = min(int(powers.min()), 0)
+        shifts = powers - lowest + (highest - np.array(exponents, dtype=np.int64))
+        numerators = (odd.astype(object) * scale.denominator) << shifts.astype(object)
+        return cls(numerators, scale.numerator << (highest - lowest))
 
     def plus(self, integers: npt.NDArray[np.int64]) -> Rationals:
         """Return the values with an integer added to each."""
@@ -324,7 +325,7 @@ def check_widths(spec: LayerNormSpec) -> None:
         )
     row.check(spec.s1)
     t_max, half = row.t_max(spec.s1), 1 << (spec.s2 - 1)
-    widest = max(t_max * abs(G) + abs(B) for G, B in zip(spec.G, spec.B, strict=True)) + half
+    widest = (t_max * abs(_objects(spec.G)) + abs(_objects(spec.B))).max() + half
     widest = max(widest, (spec.output.hi - spec.output.lo + 1) << spec.s2)
     if widest >= 1 << (spec.accumulator - 1):
         raise PlanError(f"outputs are up to {power_of_two(widest)} before their shift, beyond {spec.accumulator} bits")

@@ -124,13 +124,13 @@ def load_external_data(model: ir.Model) -> None:
         raise ModelError(f"the model's external data can't be read: {error}") from error
 
 
-def _external_folder(model: ir.Model) -> Path | None:
-    """Return the folder of a model's external data, where it is one that ONNX Runtime can read them from.
+def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+    """Return the tensors that a model keeps in other files.
 
     Raises
     ------
     ModelError
-        If a file of them is missing.
+        If such a file is missing.
     """
     import onnx_ir as ir
 
@@ -140,8 +140,7 @@ def _external_folder(model: ir.Model) -> Path | None:
     for tensor in external:
         if not Path(tensor.path).is_file():
             raise ModelError(f"the model's external data can't be read: there is no file {tensor.path}")
-    folders = {Path(tensor.base_dir).resolve() for tensor in external}
-    return folders.pop() if len(folders) == 1 else None
+    return external
 
 
 class FeedHash:
@@ -211,8 +210,10 @@ class Session:
         from .exposure import expose
 
         ort = _onnxruntime()
-        folder = _external_folder(model)
-        if folder is None:
+        external = _external_tensors(model)
+        folders = {Path(tensor.base_dir).resolve() for tensor in external}
+        folder = folders.pop() if len(folders) == 1 else None  # where ONNX Runtime can read them itself
+        if external and folder is None:
             model = model.clone()
             load_external_data(model)
         proto = ir.to_proto(model)
