@@ -104,7 +104,7 @@ def _read_npz(path: Path) -> Feed:
             if not isinstance(archive, Mapping):
                 raise DataError(f"{path} holds a single array; a .npz with one array an input is expected")
             return dict(archive)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} can't be read as a .npz file: {error}") from error
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,26 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("export", "{}/model.onnx", "{}/later.json", "-o", "{}/o.onnx"), "schema version 99"
     ),
     "parameters of another model": (("export", "{}/one.onnx", "{}/params.json", "-o", "{}/o.onnx"), "no norm 'norm1'"),
+    "the model as the parameters": (
+        ("calibrate", "{}/model.onnx", "--data", "{}/data", "-o", "{}/model.onnx"), "model.onnx is read, and would be"
+    ),
+    "the data as the parameters": (
+        ("calibrate", "{}/model.onnx", "--data", "{}/rank.npz", "-o", "{}/rank.npz"), "rank.npz is read, and would be"
+    ),
+    "the model as the integer one": (
+        ("export", "{}/model.onnx", "{}/params.json", "-o", "{}/data/../model.onnx"), "model.onnx is read, and would be"
+    ),
+    "the parameters beside the report": (
+        ("report", "{}/model.onnx", "{}/params.json", "--data", "{}/data", "-o", "{}/params.html"),
+        "params.json is read, and would be",
+    ),
+    "a feed beside the report": (
+        ("report", "{}/model.onnx", "{}/params.json", "--data", "{}/data", "-o", "{}/data/0.html"),
+        "0.npz is read, and would be",
+    ),
+    "an array beyond memory": (
+        ("calibrate", "{}/model.onnx", "--data", "{}/vast.npz", "-o", "{}/p.json"), "vast.npz can't be read"
+    ),
     "a word that is none": (("export", "{}/model.onnx", "{}/params.json", "-o", "{}/o.onnx", "--word", "int9"), "int9"),
     "a model that was not exported": (
         ("verify", "{}/model.onnx", "{}/model.onnx", "{}/params.json", "--data", "{}/data"), "has no integer norms"
@@ -154,6 +176,10 @@ def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = feeds(1)[0]["x"]
     for name, feed in {"lacking": {"z": x}, "rank": {"x": x[0]}, "nan": {"x": x * np.float32(np.nan)}}.items():
         np.savez(path / f"{name}.npz", **feed)
+    vast = io.BytesIO()  # a header without its array
+    np.lib.format.write_array_header_1_0(vast, {"descr": "<f4", "fortran_order": False, "shape": (1 << 45, 3)})
+    with zipfile.ZipFile(path / "vast.npz", "w") as archive:
+        archive.writestr("x.npy", vast.getvalue())
     run("calibrate", path / "model.onnx", "--data", path / "data", "-o", path / "params.json")
     text = (path / "params.json").read_text()
     (path / "cut.json").write_text(text[: len(text) // 2])
@@ -164,12 +190,12 @@ def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", BAD)
 def test_bad_use_is_told_in_a_line_or_two(case: str, bad_folder: Path) -> None:
     arguments, message = BAD[case]
-    before = sorted(bad_folder.iterdir())
+    before = {path: path.read_bytes() for path in bad_folder.rglob("*") if path.is_file()}
     result = run(*(argument.format(bad_folder) for argument in arguments), code=2)
     assert message in result.stderr
     assert result.stdout == ""
     assert len([line for line in result.stderr.splitlines() if line.startswith("Error")]) == 1
-    assert sorted(bad_folder.iterdir()) == before
+    assert {path: path.read_bytes() for path in bad_folder.rglob("*") if path.is_file()} == before
 
 
 def test_old_file_survives_a_failed_run(bad_folder: Path) -> None:

@@ -39,6 +39,8 @@ class _Commands(click.Group):
             if error.errno == errno.EPIPE:  # the reader has seen enough
                 raise
             raise _Failure(str(error)) from error
+        except MemoryError as error:
+            raise _Failure(f"there is not enough memory: {error}") from error
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
             raise SystemExit(130) from None  # as shells have it; 1 is for comparisons that fail

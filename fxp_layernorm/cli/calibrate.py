@@ -140,6 +140,7 @@ def calibrate(
 
     output = common.Output(as_json)
     files.check_writable(out)
+    common.check_apart([out], [model, data])
     if state is not None and state.resolve() == out.resolve():
         raise InputError(f"{out} can't hold both the parameters and what is observed; name two files")
     goal = model_output.parse(target, data, objective, _given(_DECIDED_BY_TARGET))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from ..calibration import QuantizedNorms
@@ -99,6 +102,16 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Return the rate, nothing before there is one."""
         return Text(f"{task.speed:.3g}/s" if task.speed else "")
+
+
+def check_apart(written: Iterable[Path], read: Iterable[str | Path | None]) -> None:
+    """Raise InputError if a file that is to be written is one that is read, or one of a folder of feeds."""
+    for source, target in itertools.product(read, written):
+        path = Path(source or "")
+        if source is None or not (path.exists() and target.exists()):
+            continue
+        if target.samefile(path) or (target.suffix == ".npz" and target.parent.samefile(path)):
+            raise InputError(f"{target} is read, and would be overwritten; name another file to write")
 
 
 def parameters(model: Path, params: Path | None, word: str) -> ModelParams:

@@ -57,6 +57,7 @@ def export(
     from ..params import ModelParams
 
     output = common.Output(as_json)
+    common.check_apart([out, out.with_name(f"{out.name}.data")], [model, params])
     reasons: dict[str, str] = {}
     if params is not None:
         loaded = ModelParams.load(params)

@@ -42,6 +42,7 @@ def report(model: Path, params: Path | None, data: str, out: Path, as_json: bool
     if out.suffix in (".json", ".npz"):
         raise InputError(f"{out} would be the name of what is written beside the report; name it {out.stem}.html")
     files.check_writable(out)
+    common.check_apart([out, out.with_suffix(".json"), out.with_suffix(".npz")], [model, params, data])
     output = common.Output(as_json)
     feeds, loaded = Feeds(data), common.parameters(model, params, "int64")
     steps = len(feeds) + len(loaded.norms) + 1 if len(feeds) else 0

@@ -74,6 +74,7 @@ def sweep(
         require()
         if out.suffix == ".json":
             raise InputError(f"{out} would be the name of what is written beside the page; name it {out.stem}.html")
+        common.check_apart([out, out.with_suffix(".json")], [model, data])
     output = common.Output(as_json)
     given = {"inputs": inputs, "outputs": outputs, "methods": methods, "exponents": exponents}
     tried = formats(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
