@@ -22,7 +22,7 @@ from fxp_layernorm import demo, export
 from fxp_layernorm.benchmark import environment
 from fxp_layernorm.calibration import quantized_norms
 from fxp_layernorm.export.loading import Model
-from fxp_layernorm.params import ModelParams
+from fxp_layernorm.params import NormParams
 from fxp_layernorm.runtime import Feed, Feeds, Session
 
 #: What quantize_static is told to quantize, and its options.
@@ -75,12 +75,12 @@ def rows_of(quantized: Path, scheme: str, judge: Judge, feeds: Feeds) -> Iterato
     """Yield the table's rows of a quantized model."""
     nodes = quantizers(onnx.load(quantized))
     yield scheme, "it is", "-", "-", "-", "-", *judge.figures(quantized), nodes
-    before: ModelParams | None = None
+    before: tuple[NormParams, ...] = ()
     for fuse in (False, True):
         params = quantized_norms(quantized, fuse_residual=fuse).params
-        if params == before:
+        if params.norms == before:
             continue
-        before = params
+        before = params.norms
         model = export.quantize_model(quantized, params)
         result = export.verify(quantized, model, params, feeds)
         counts = len(params.norms), sum(norm.spec.residual is not None for norm in params.norms)

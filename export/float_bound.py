@@ -78,6 +78,22 @@ def beyond_quantizer(
         return np.asarray(np.abs(got - value) > 0.5 + error)
 
 
+def beyond_dequantizer(params: QuantParams, codes: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return which real values no float32 dequantizer makes of codes.
+
+    It may subtract the zero point from the code, or the zero point's product with the scale from that of the code.
+
+    Parameters
+    ----------
+    params : QuantParams
+    codes, y : ndarray of shape (rows, n)
+    """
+    steps, zeros = params.channel_steps(codes.shape[1]), params.channel_zeros(codes.shape[1])
+    wide = codes.astype(np.float64)
+    error = _gamma(6) * (np.abs(wide) + np.abs(zeros)) * steps
+    return np.asarray(~(np.abs(y - (wide - zeros) * steps) <= error))
+
+
 def float32_norm(spec: LayerNormSpec, operands: Sequence[npt.NDArray[Any]]) -> tuple[Rows, Rows]:
     """Return the real value of each output code before its rounding, and a float32 norm's largest error of it, in LSB.
 

@@ -17,7 +17,7 @@ from ..runtime import Feed, Feeds, Session
 from ..spec import LayerNormSpec
 from .checks import NormCheck, OutputCheck, Verification
 from .diagnosis import MOST_ROWS, OTHERWISE_RIGHT, StageDifference, differing_codes, first_difference
-from .float_bound import beyond_float32, beyond_quantizer, beyond_sum
+from .float_bound import beyond_dequantizer, beyond_float32, beyond_quantizer, beyond_sum
 from .loading import Model, load_model
 from .model import exported_norms
 from .probing import compared_values, with_stages
@@ -174,15 +174,11 @@ class Verifier:
         x, codes, params = values.get(side.real or ""), values[side.codes], side.params(kernel.spec)
         if x is None or x.dtype != np.float32 or params is None:
             return
-        if not side.enters:
-            bad_values = int(np.count_nonzero(kernel.dequantize(codes, params) != x))
-            check.border_mismatches += bad_values
-            check.border_beyond += bad_values
-            return
-        bad = kernel.quantize(x, params) != codes
+        bad = kernel.quantize(x, params) != codes if side.enters else kernel.dequantize(codes, params) != x
         check.border_mismatches += int(np.count_nonzero(bad))
         bad_rows, reals, got = (_rows(array, kernel.spec) for array in (bad, x, codes))
-        check.border_beyond += int(np.count_nonzero(bad_rows & beyond_quantizer(params, reals, got)))
+        beyond = beyond_quantizer(params, reals, got) if side.enters else beyond_dequantizer(params, got, reals)
+        check.border_beyond += int(np.count_nonzero(bad_rows & beyond))
 
     def _first_stage(
         self, place: ExportedNorm, stages: Mapping[str, str], values: Mapping[str, npt.NDArray[Any]], feed: Feed

@@ -239,6 +239,29 @@ def test_a_quantizer_that_rounds_otherwise_is_no_error_of_the_norm() -> None:
     assert 0 < checked.norms[0].border_beyond < checked.norms[0].border_mismatches
 
 
+def test_a_dequantizer_that_subtracts_behind_the_product_is_no_error() -> None:
+    """OpenVINO's does where channels have zero points: the last bits differ, and no more may."""
+    norm, (feed,) = model_with_norms(1), feeds(1)
+    params = calibrate_model(norm, Feeds(feed))
+    output = params.norms[0].spec.output
+    assert isinstance(output.zero_point, tuple)
+    exported = export.quantize_model(norm, params, form="inline")
+    place = export.exported_norms(export.load_model(exported))[0]
+    (results, *_) = results_of(exported, run_onnxruntime)
+    steps, zeros = (values.astype(np.float32) for values in (output.channel_steps(N), output.channel_zeros(N)))
+    right = results[place.output or ""]
+
+    def checked(y: Array) -> export.Verification:
+        values = {**results, (place.output or ""): y}
+        return export.verify(norm, exported, params, Feeds(feed), results=Feeds(values))
+
+    y = results[place.codes_out].astype(np.float32) * steps - zeros * steps
+    assert np.any(y != right)
+    assert (checked(y).exact, checked(y).passed) == (False, True)
+    assert checked(y).norms[0].border_mismatches == np.count_nonzero(y != right)
+    assert not checked(right + steps / 1000).passed
+
+
 def test_floats_that_are_quantized_elsewhere_are_seen_as_they_are() -> None:
     """ONNX Runtime moves a QuantizeLinear before a Transpose, and gives its input as an output of the model wrong."""
     norm = model_with_norms(1)
