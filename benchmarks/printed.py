@@ -15,7 +15,7 @@ from pathlib import Path
 
 BLOCK = re.compile(r"(<!-- printed by: (?P<command>.*?) -->\n```\n).*?(?=```\n)", re.DOTALL)
 #: Columns of a terminal that no table has to be broken for.
-COLUMNS = "200"
+COLUMNS = "180"
 
 
 def refreshed(page: str, only: str) -> str:

@@ -70,7 +70,7 @@ class Output:
             return
         console = Console()
         if not console.is_terminal:  # a pipe or a file has no width to fit into
-            console = Console(width=160)
+            console = Console(width=180)
         for table in tables:
             console.print(table)
 
