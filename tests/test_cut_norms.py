@@ -53,7 +53,11 @@ SCHEMES: dict[str, list[str] | None] = {
 @pytest.mark.parametrize("operators", SCHEMES)
 @pytest.mark.parametrize(
     "text",
-    [*(LAYERNORMS[name][0] for name in ("torch", "Reciprocal", "flax", "no affine")), *RMSNORMS.values()],
+    [
+        *(LAYERNORMS[name][0] for name in ("torch", "Reciprocal", "flax", "no affine")),
+        RMSNORMS["Llama"],
+        RMSNORMS["gain first"],
+    ],
 )
 def test_they_are_listed_with_what_to_do(text: str, operators: str, tmp_path: Path) -> None:
     model = model_with_names(text)
