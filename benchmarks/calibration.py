@@ -29,11 +29,11 @@ Floats = npt.NDArray[np.float64]
 METHODS = ("minmax", "moving_average", "percentile", "mse", "entropy")
 #: How scales are shared, by the heading of the table's column.
 SHARING: dict[str, dict[str, object]] = {
-    "one scale, asymmetric": {"exponents": 0},
-    "one scale, symmetric": {"exponents": 0, "symmetric": True},
-    "exponents, symmetric": {"symmetric": True},
-    "exponents, a zero point a channel": {},
-    "the same in, scale and zero point a channel out": {"output_per_channel": True},
+    "one scale, asymmetric": {"scales": "tensor"},
+    "one scale, symmetric": {"scales": "tensor", "symmetric": True},
+    "exponents, symmetric": {"scales": "exponents", "symmetric": True},
+    "exponents": {"scales": "exponents"},
+    "exponents in, a scale a channel out": {"input_scales": "exponents", "output_scales": "channel"},
 }
 
 

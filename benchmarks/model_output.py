@@ -20,6 +20,7 @@ import onnxruntime
 from fxp_layernorm import demo
 from fxp_layernorm.analysis.precision import Target, meet_target
 from fxp_layernorm.calibration import CalibrationOptions, ModelCalibration, ModelObjective, NormCalibration, tune_model
+from fxp_layernorm.calibration.norms import folds_of
 from fxp_layernorm.calibration.search import Sample, choose, smallest_output_scale
 from fxp_layernorm.calibration.simulation import Sides, Simulation
 from fxp_layernorm.export import load_model
@@ -31,9 +32,11 @@ Choice = Mapping[str, Sides]
 
 #: How the channels share a scale, by the heading of the table.
 SHARING = {
-    "exponents": CalibrationOptions(),
-    "one scale, asymmetric": CalibrationOptions.of(exponents=0),
-    "one scale, symmetric": CalibrationOptions.of(exponents=0, symmetric=True),
+    "exponents in, a scale a channel out": CalibrationOptions(),
+    "exponents": CalibrationOptions.of(scales="exponents"),
+    "a scale a channel": CalibrationOptions.of(scales="channel"),
+    "one scale, asymmetric": CalibrationOptions.of(scales="tensor"),
+    "one scale, symmetric": CalibrationOptions.of(scales="tensor", symmetric=True),
 }
 
 
@@ -100,7 +103,8 @@ def weighted(calibration: NormCalibration, options: CalibrationOptions, weights:
     input = NormCalibration(scaled, calibration.observer).spec(options).input
     outputs = np.asarray(layer(calibration.observer.sample.rows()), dtype=np.float64)
     smallest = smallest_output_scale(layer.n, layer.gamma, layer.beta)
-    return Sides(input, choose(calibration.observer.output, options.output, Sample(outputs, weights[None]), smallest))
+    sample = Sample(outputs, weights[None], folds_of(calibration.observer.sample.ids))
+    return Sides(input, choose(calibration.observer.output, options.output, sample, smallest))
 
 
 def main() -> None:
@@ -122,11 +126,11 @@ def main() -> None:
         print(f"| {heading} | the norm's output | {judge.row(own)}", flush=True)
         read = {name: weighted(calibration.calibration(name), options, weights[name]) for name in calibration.names}
         print(f"| {heading} | what reads it | {judge.row(read)}", flush=True)
-    options = SHARING["exponents"]
+    options = CalibrationOptions()
     objective = ModelObjective(demo.model_path(), calibration.names, feeds, residuals=True)
     tuned, _ = tune_model(calibration, objective, calibration.params(options), options)
     choice = {norm.name: Sides.of(norm.spec) for norm in tuned.norms}
-    print(f"| exponents | the model's outputs | {judge.row(choice)}\n", flush=True)
+    print(f"| {next(iter(SHARING))} | the model's outputs | {judge.row(choice)}\n", flush=True)
 
     found = meet_target(calibration, objective, options, Target.parse(arguments.target))
     choice = {norm.name: Sides.of(norm.spec) for norm in found.params.norms}

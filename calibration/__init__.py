@@ -10,7 +10,7 @@ from .layers import NormCalibration, calibrate
 from .models import ModelCalibration, calibrate_model
 from .norms import NormObserver
 from .objective import ModelObjective, Quality
-from .options import CalibrationOptions, Method, SideOptions
+from .options import CalibrationOptions, Method, Scales, SideOptions
 from .quantized import QuantizedNorms, quantized_norms
 from .tuning import Side, Tuned, tune_model
 
@@ -25,6 +25,7 @@ __all__ = [
     "NormObserver",
     "Quality",
     "QuantizedNorms",
+    "Scales",
     "Side",
     "SideOptions",
     "Tuned",

@@ -17,8 +17,8 @@ from ..planner import plan
 from ..quantization import DType, QuantParams
 from ..spec import LayerNormSpec
 from . import search
-from .norms import NormObserver, TensorObserver, shaped
-from .observers import Floats, Rows
+from .norms import NormObserver, TensorObserver, folds_of, shaped
+from .observers import Counts, Floats, Rows
 from .options import CalibrationOptions, OptionKeywords, SideOptions
 
 
@@ -48,22 +48,23 @@ class NormCalibration:
                 f"all {seen.left_out} rows hold NaN or infinite values" if seen.left_out
                 else "there is no row to calibrate with"
             )  # fmt: skip
-        rows = seen.sample.rows().astype(np.float64)
+        rows, folds = seen.sample.rows().astype(np.float64), folds_of(seen.sample.ids)
         expected = self._normalized(rows)
 
         def input_cost(params: QuantParams) -> float:
             return _power(self._normalized(params.dequantize(params.quantize(rows))) - expected)
 
         smallest = search.smallest_input_scale(layer.n, layer.eps)
-        sample = search.Sample(rows, self._input_weights(rows), input_cost)
+        sample = search.Sample(rows, self._input_weights(rows), folds, input_cost)
         input = search.choose(seen.input, options.input, sample, smallest)
-        return self.plan(input, self._output(options, expected), options)
+        return self.plan(input, self._output(options, expected, folds), options)
 
-    def _output(self, options: CalibrationOptions, expected: Floats) -> QuantParams:
-        """Return the output's parameters; `expected` is a sample of the outputs."""
+    def _output(self, options: CalibrationOptions, expected: Floats, folds: Counts) -> QuantParams:
+        """Return the output's parameters; `expected` is a sample of the outputs, `folds` the rows' parts."""
         layer = self.layer
         smallest = search.smallest_output_scale(layer.n, layer.gamma, layer.beta)
-        return search.choose(self.observer.output, options.output, search.Sample(expected, np.ones((1, 1))), smallest)
+        sample = search.Sample(expected, np.ones((1, 1)), folds)
+        return search.choose(self.observer.output, options.output, sample, smallest)
 
     def spec_with_residual(
         self, options: CalibrationOptions, addends: NormObserver, *, with_sum: bool
@@ -86,6 +87,7 @@ class NormCalibration:
         _, own, other = np.intersect1d(seen.sample.ids, addends.sample.ids, return_indices=True)
         total, first = (o.sample.rows()[at].astype(np.float64) for o, at in ((seen, own), (addends, other)))
         expected, weights = self._normalized(total), self._input_weights(total)
+        folds = folds_of(seen.sample.ids[own])
         smallest = search.smallest_input_scale(layer.n, layer.eps)
 
         def choose(values: Floats, observer: TensorObserver) -> QuantParams:
@@ -93,14 +95,14 @@ class NormCalibration:
                 off = params.dequantize(params.quantize(values)) - values
                 return _power(self._normalized(total + off) - expected)
 
-            return search.choose(observer, options.input, search.Sample(values, weights, cost), smallest)
+            return search.choose(observer, options.input, search.Sample(values, weights, folds, cost), smallest)
 
         input, residual = choose(first, addends.input), choose(total - first, addends.output)
         sum_output = None
         if with_sum:
             side = SideOptions(DType.INT16, symmetric=True)
-            sum_output = search.choose(seen.input, side, search.Sample(total, weights))
-        output = self._output(options, expected)
+            sum_output = search.choose(seen.input, side, search.Sample(total, weights, folds))
+        output = self._output(options, expected, folds)
         return self.plan(input, output, options, residual=residual, sum_output=sum_output)
 
     def plan(
@@ -175,14 +177,17 @@ def calibrate(
         values.
     input_method, output_method : optional
         The same for one side only.
+    scales : {"tensor", "exponents", "channel"}, optional
+        How the channels share a scale, see `Scales`: by default ``exponents`` for codes of 8 bits, but ``channel`` for
+        outputs by the method ``mse``; ``tensor`` for wider codes.
+    input_scales, output_scales : optional
+        The same for one side only.
     exponents : int, optional
-        The largest channel exponent, 0 for one scale a tensor; by default 7 for codes of 8 bits and 0 for wider ones.
+        The largest channel exponent where there are some, 7 by default; 0 is one scale a tensor.
     symmetric : bool, optional
-        Whether the zero point is the middle of the codes; by default only with channel exponents.
+        Whether the zero point is the middle of the codes; by default not.
     percentile : float, optional
         The share of the values, in percent, that ``percentile`` keeps; by default 99.99.
-    output_per_channel : bool, optional
-        Whether each output channel has a scale of its own, instead of an exponent.
     lane : {24, 32, 64}, optional
         Bits of the element stage; by default the narrowest with a small bound.
     hardware : Hardware or str, optional

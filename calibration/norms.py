@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +13,80 @@ from ..errors import DataError, InputError
 from ..layer import LayerNorm, RMSNorm
 from ..quantization import LARGEST_SCALE
 from .histograms import Histogram
-from .observers import Counts, ExactSum, Floats, MinMaxObserver, Observer, Rows, RowSample, channel_ranges, row_ids
+from .observers import (
+    ROW_BITS,
+    Counts,
+    ExactSum,
+    Floats,
+    Observer,
+    Rows,
+    RowSample,
+    channel_ranges,
+    row_ids,
+)
 
 #: Elements kept of a norm's input, as whole rows, to choose scales and to measure what the integers lose.
 SAMPLED_ELEMENTS = 1 << 18
 #: Rows kept at the least.
 SAMPLED_ROWS = 64
+#: With fewer rows than this, new data leave a channel's observed range more often than one row in 65.
+FEWEST_ROWS = 128
+#: Parts of the rows whose ranges are told apart.
+FOLDS = 8
+#: Rows of a feed that belong to the same part, in a binary logarithm: neighbours, which are alike, mostly do.
+_BLOCK_BITS = 6
 #: Bins on each side of zero of a tensor's histogram.
 TENSOR_BINS = 1 << 12
 #: Bins of all channels' histograms together, and the fewest and most on each side of zero of one of them.
 CHANNEL_BINS, FEWEST_BINS, MOST_BINS = 1 << 17, 16, 128
+
+
+class FoldedRanges(Observer):
+    """The lowest and highest value of each channel, in parts of the rows: what one is judged by, the others don't know.
+
+    Attributes
+    ----------
+    lows, highs : ndarray of shape (FOLDS, n), float64
+    counts : ndarray of shape (FOLDS,), int64
+        Rows of each part.
+    """
+
+    _state = ("lows", "highs", "counts")
+
+    def __init__(self, n: int) -> None:
+        self.lows, self.highs = np.full((FOLDS, n), np.inf), np.full((FOLDS, n), -np.inf)
+        self.counts: Counts = np.zeros(FOLDS, dtype=np.int64)
+
+    @property
+    def low(self) -> Floats:
+        """The lowest values of all rows."""
+        return np.asarray(self.lows.min(axis=0))
+
+    @property
+    def high(self) -> Floats:
+        """The highest values of all rows."""
+        return np.asarray(self.highs.max(axis=0))
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return int(self.counts.sum())
+
+    def without(self, fold: int) -> tuple[Floats, Floats]:
+        """Return the lowest and the highest values of the other parts."""
+        return np.delete(self.lows, fold, axis=0).min(axis=0), np.delete(self.highs, fold, axis=0).max(axis=0)
+
+    def extend(self, fold: int, low: Rows, high: Rows, rows: int) -> None:
+        """Take in rows of one part by their ranges."""
+        np.minimum(self.lows[fold], low, out=self.lows[fold])
+        np.maximum(self.highs[fold], high, out=self.highs[fold])
+        self.counts[fold] += rows
+
+    def merge(self, other: Self) -> None:
+        """Take in what another observer of the same size has seen."""
+        np.minimum(self.lows, other.lows, out=self.lows)
+        np.maximum(self.highs, other.highs, out=self.highs)
+        self.counts += other.counts
 
 
 class TensorObserver(Observer):
@@ -34,26 +99,31 @@ class TensorObserver(Observer):
 
     Attributes
     ----------
-    ranges : MinMaxObserver
+    ranges : FoldedRanges
     """
 
     _state = ("ranges", "_lows", "_highs", "_tensor", "_channels")
 
     def __init__(self, n: int) -> None:
-        self.ranges = MinMaxObserver(n)
+        self.ranges = FoldedRanges(n)
         self._lows, self._highs = ExactSum(n), ExactSum(n)
         self._tensor = Histogram(1, TENSOR_BINS)
         half = 1 << (CHANNEL_BINS // (2 * n)).bit_length() >> 1
         self._channels = Histogram(n, min(max(half, FEWEST_BINS), MOST_BINS))
 
-    def update(self, rows: Rows) -> None:
-        """Take in the finite rows of one feed, of shape (rows, n)."""
-        low, high = channel_ranges(rows)
+    def update(self, rows: Rows, folds: Counts) -> None:
+        """Take in the finite rows of one feed, of shape (rows, n), and the fold of each; see `folds_of`."""
+        borders = [0, *(np.flatnonzero(np.diff(folds)) + 1).tolist(), len(rows)]
+        parts = [(int(folds[start]), rows[start:stop]) for start, stop in pairwise(borders)]
+        ranges = [channel_ranges(part) for _, part in parts]
+        low = np.minimum.reduce([bottom for bottom, _ in ranges])
+        high = np.maximum.reduce([top for _, top in ranges])
         magnitude = np.maximum(-low, high)
         largest = magnitude.max()
         if largest > LARGEST_SCALE:
             raise DataError(f"a value is {float(largest):.3g}, beyond float32's range")
-        self.ranges.extend(low, high, len(rows))
+        for (fold, part), (bottom, top) in zip(parts, ranges, strict=True):
+            self.ranges.extend(fold, bottom, top, len(part))
         self._lows.add(low)
         self._highs.add(high)
         self._tensor.update(rows.reshape(-1, 1), np.atleast_1d(largest))
@@ -131,8 +201,9 @@ class NormObserver(Observer):
             rows, outputs, ids = rows[good], outputs[good], ids[good]
         if not len(rows):
             return
-        self.input.update(rows)
-        self.output.update(outputs)
+        folds = folds_of(ids)
+        self.input.update(rows, folds)
+        self.output.update(outputs, folds)
         self.sample.update(rows, ids)
 
     @staticmethod
@@ -143,6 +214,12 @@ class NormObserver(Observer):
             return np.ones(len(rows), dtype=np.bool_)
         bad += np.count_nonzero(~finite, axis=0)
         return np.asarray(finite.all(axis=1))
+
+
+def folds_of(ids: npt.NDArray[np.uint64]) -> Counts:
+    """Return the part of the data that rows of these numbers belong to: feeds, and long ones by blocks, take turns."""
+    turns = (ids >> np.uint64(ROW_BITS)) + ((ids & np.uint64((1 << ROW_BITS) - 1)) >> np.uint64(_BLOCK_BITS))
+    return (turns % np.uint64(FOLDS)).astype(np.int64)
 
 
 def shaped(layer: LayerNorm | RMSNorm, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -25,7 +25,7 @@ from ..runtime import Feed, FeedHash, Session, load_external_data
 from .norms import NormObserver
 from .observers import Arrays
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 #: Seconds between two writings of the state file, and how many times longer than a writing that is at the least.
 SAVE_SECONDS, SAVE_SHARE = 10.0, 20.0
 

@@ -20,7 +20,7 @@ Counts = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
 
 #: Rows of one feed that a row sample can tell apart; the feeds' numbers take the bits above.
-_ROW_BITS = 32
+ROW_BITS = 32
 
 
 class Observer:
@@ -207,7 +207,7 @@ class RowSample(Observer):
 
 def row_ids(feed: int, first: int, count: int) -> npt.NDArray[np.uint64]:
     """Return the numbers of a feed's rows from the `first` on: the feed's number in the upper half, the row's below."""
-    return np.arange(first, first + count, dtype=np.uint64) + np.uint64(feed << _ROW_BITS)
+    return np.arange(first, first + count, dtype=np.uint64) + np.uint64(feed << ROW_BITS)
 
 
 def _hash(ids: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

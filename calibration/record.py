@@ -28,13 +28,13 @@ def side_record(side: SideOptions | None, seen: TensorObserver | None) -> SideRe
     low, high = (float(seen.ranges.low.min()), float(seen.ranges.high.max())) if seen else (None, None)
     if side is None:
         return SideRecord(
-            method=FROM_MODEL, exponents=None, symmetric=None, narrow_range=None, per_channel=False, percentile=None,
-            low=low, high=high,
+            method=FROM_MODEL, scales=None, exponents=None, symmetric=None, narrow_range=None, percentile=None, low=low,
+            high=high,
         )  # fmt: skip
     percentile = side.percentile if side.method is Method.PERCENTILE else None
     return SideRecord(
-        method=side.method.value, exponents=side.exponents, symmetric=side.symmetric,
-        narrow_range=side.narrow_range, per_channel=side.per_channel, percentile=percentile, low=low, high=high,
+        method=side.method.value, scales=side.scales.value, exponents=side.exponents, symmetric=side.symmetric,
+        narrow_range=side.narrow_range, percentile=percentile, low=low, high=high,
     )  # fmt: skip
 
 

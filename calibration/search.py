@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
 from ..quantization import LARGEST_SCALE, SMALLEST_SCALE, QuantParams
-from .norms import TensorObserver
-from .observers import Floats
+from .norms import FEWEST_ROWS, TensorObserver
+from .observers import Counts, Floats
 from .options import Method, SideOptions
 
 #: Scales tried in each octave.
@@ -25,15 +26,19 @@ _CLIPS = 2
 #: The share of a channel's cost that is left at the most where clipping is taken: other data go beyond the range of
 #: these, and a smaller gain here is a loss there.
 _CLIPPED_COST = 0.5
-#: How much farther from the middle of its range a channel's values are taken to be where clipping is judged, and by how
-#: much a scale of its own is wider than what was observed: other data go beyond the range of these.
+#: How much farther from the middle of its range a channel's values are taken to be where clipping is judged: other data
+#: go beyond the range of these. So much wider than what was observed are channels' own scales where there are too few
+#: rows to find out, or one part of them has a larger share than this.
 _HEADROOM = 1.25
+_LARGEST_FOLD = 0.5
 #: The costliest channels whose steps are tried one by one, those with a share of all cost, and the factor of a trial.
 _REFINED, _COSTLY, _FINE = 12, 0.02, 2.0**0.25
 #: Bins that a code's interval is divided into, to compare distributions.
 _BINS_PER_CODE = 8
 #: What a fraction of a code that holds only clipped values counts as, so that its logarithm is finite.
 _LEAST_COUNT = 1e-4
+
+_ALL = slice(None)
 
 Error = Callable[[QuantParams], float]
 
@@ -47,25 +52,31 @@ class Sample:
     values : ndarray of shape (rows, n)
     weights : ndarray of shape (rows, n) or (1, 1)
         What a squared error of each value costs, while it is small.
+    folds : ndarray of shape (rows,)
+        The part of the data that each row belongs to, see `folds_of`.
     joint_cost : callable, optional
         What parameters cost with all their errors together, where that is not their sum.
     """
 
     values: Floats
     weights: Floats
+    folds: Counts
     joint_cost: Error | None = None
 
     def cost(self, params: QuantParams) -> float:
         """Return what parameters cost."""
         return self.joint_cost(params) if self.joint_cost else float(self.channel_cost(params).sum())
 
-    def channel_cost(self, params: QuantParams, *, farther: bool = False) -> Floats:
-        """Return what parameters cost in each channel by the weights, up to a common factor.
+    def channel_cost(
+        self, params: QuantParams, *, farther: bool = False, rows: npt.NDArray[np.bool_] | slice = _ALL
+    ) -> Floats:
+        """Return what parameters cost in each channel by the weights, on some of the rows, up to a common factor.
 
         With `farther` it is what they would cost if all values were `_HEADROOM` times as far from their middle.
         """
         unit, values, weights = self._relative
-        values = self._farther if farther else values
+        values = (self._farther if farther else values)[rows]
+        weights = weights[rows] if len(weights) > 1 else weights
         steps = (params.channel_steps(values.shape[1]) / unit).astype(np.float32)
         errors = np.rint(values / steps)
         zeros = params.channel_zeros(values.shape[1])
@@ -112,7 +123,8 @@ def choose(seen: TensorObserver, side: SideOptions, sample: Sample, smallest_sca
     low, high = observed_range(seen, side)
     if side.by_channel and side.method is Method.MSE:
         channels = _Channels(side, low, high, sample.medians, smallest_scale)
-        return _refined(_least_by_channel(channels, sample), channels, sample)
+        wider = channels if side.exponents else channels.wider(_headroom(channels, seen, sample))
+        return _refined(_least_by_channel(wider, sample), channels, sample)
     tried = candidates(side, low, high, sample.medians, smallest_scale=smallest_scale)
     if side.method is Method.ENTROPY:
         return least(tried, lambda params: divergence(params, sample.values))
@@ -148,6 +160,11 @@ class _Channels:
             return np.asarray(np.maximum(np.abs(self.low), np.abs(self.high)) / (hi - self.side.middle))
         return np.asarray((np.maximum(self.high, 0) - np.minimum(self.low, 0)) / (hi - lo))
 
+    def wider(self, factor: float) -> Self:
+        """Return the same for ranges wider by a factor, about their middles."""
+        middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2 * factor
+        return replace(self, low=middle - half, high=middle + half)
+
     def with_scales(self, steps: Floats) -> QuantParams:
         """Return the parameters with a scale for each channel."""
         scales = np.array([float32_scale(wanted, self.smallest_scale) for wanted in steps.tolist()])
@@ -166,7 +183,7 @@ class _Channels:
     def candidates(self) -> Iterator[QuantParams]:
         """Yield parameters to choose from, the widest first; see `candidates`."""
         shrink = _SHRINK * _STEPS if self.side.method in (Method.MSE, Method.ENTROPY) else 0
-        if self.side.per_channel:
+        if not self.side.exponents:
             for step in range(shrink + 1):
                 yield self.with_scales(self.needed * 2.0 ** (-step / _STEPS))
             return
@@ -203,11 +220,34 @@ def _least_by_channel(channels: _Channels, sample: Sample) -> QuantParams:
     """Return the parameters with the least cost, where steps that clip rare values of a channel are tried too."""
     if channels.side.exponents:
         return least((_clipped(params, channels, sample) for params in channels.candidates()), sample.cost)
-    middle, half = (channels.low + channels.high) / 2, (channels.high - channels.low) / 2 * _HEADROOM
-    wider = replace(channels, low=middle - half, high=middle + half)
-    options = list(wider.candidates())
-    best = np.argmin([sample.channel_cost(option, farther=True) for option in options], axis=0)
-    return wider.with_scales(np.choose(best, [option.channel_steps(len(middle)) for option in options]))
+    tried = list(channels.candidates())
+    if sample.joint_cost is None:  # the sample's rows count alike, and too few of them are rare to tell one channel's
+        return tried[0]
+    costs = [sample.channel_cost(params, farther=True) for params in tried]
+    costs[0] = costs[0] * _CLIPPED_COST
+    steps = [params.channel_steps(len(channels.low)) for params in tried]
+    return channels.with_scales(np.choose(np.argmin(costs, axis=0), steps))
+
+
+def _headroom(channels: _Channels, seen: TensorObserver, sample: Sample) -> float:
+    """Return how many times as wide as observed ranges are best for rows that they don't know.
+
+    Each part of the sampled rows is judged by the ranges of all other parts of the data.
+    """
+    counts = np.bincount(sample.folds)
+    if counts.sum() < FEWEST_ROWS or counts.max() > _LARGEST_FOLD * counts.sum():
+        return _HEADROOM
+    others = []
+    for fold in np.flatnonzero(counts).tolist():
+        low, high = seen.ranges.without(fold)
+        others.append((replace(channels, low=low, high=high), sample.folds == fold))
+
+    def cost(factor: float) -> float:
+        made = ((other.wider(factor), rows) for other, rows in others)
+        costs = [sample.channel_cost(wide.with_scales(wide.needed), rows=rows) for wide, rows in made]
+        return float(np.sum(costs))
+
+    return min((2.0 ** (step / _STEPS) for step in range(-_SHRINK * _STEPS, _STEPS + 1)), key=cost)
 
 
 def _clipped(params: QuantParams, channels: _Channels, sample: Sample) -> QuantParams:

@@ -8,11 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..params import CalibrationWarning, WarningKind
-from .norms import NormObserver
+from .norms import FEWEST_ROWS, NormObserver
 from .observation import ObservedNorm
 
-#: With fewer rows than this, new data leave a channel's observed range more often than one row in 65.
-FEWEST_ROWS = 128
 #: Channels that a sentence names.
 _NAMED = 8
 

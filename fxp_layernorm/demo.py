@@ -57,7 +57,7 @@ class Variant:
 
 #: The first is the one that is exported to the demo's folder.
 VARIANTS = (
-    Variant("int8", "int8, channel exponents", CalibrationOptions.of("int8", "int8")),
+    Variant("int8", "int8, channel scales", CalibrationOptions.of("int8", "int8")),
     Variant("int16", "int16", CalibrationOptions.of("int16", "int16")),
     Variant(
         "int8_per_tensor",

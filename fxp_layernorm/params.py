@@ -10,7 +10,7 @@ from . import files
 from .errors import InputError
 from .spec import LayerNormSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class WarningKind(StrEnum):
@@ -52,14 +52,15 @@ class SideRecord:
     ----------
     method : str
         A calibration method, or ``model`` for parameters that the model itself has.
+    scales : str or None
+        How the channels share a scale: ``tensor``, ``exponents`` or ``channel``. None with ``model``, like the
+        next three.
     exponents : int or None
-        The largest channel exponent that was allowed; None with ``model``, like `symmetric`.
+        The largest channel exponent that was allowed, 0 where there are none.
     symmetric : bool or None
         Whether the zero point was to be the middle of the codes.
     narrow_range : bool or None
         Whether the lowest code was to stay unused.
-    per_channel : bool
-        Whether each channel has a scale of its own.
     percentile : float or None
         The share of the values, in percent, that the method ``percentile`` kept.
     low, high : float or None
@@ -69,10 +70,10 @@ class SideRecord:
     __pydantic_config__ = files.STRICT
 
     method: str
+    scales: str | None
     exponents: int | None
     symmetric: bool | None
     narrow_range: bool | None
-    per_channel: bool
     percentile: float | None
     low: float | None
     high: float | None
@@ -120,7 +121,7 @@ class NormFormat:
     Attributes
     ----------
     input, output : str
-        Like ``int8`` or ``int8+7``: with channel exponents up to 7.
+        Like ``int8``, ``int8+7`` with channel exponents up to 7, or ``int8/channel`` with a scale a channel.
     residual : bool
         Whether the norm adds two tensors of the input's format itself.
     noise : float

@@ -164,7 +164,7 @@ def test_exponents_that_clip_where_it_pays() -> None:
 def test_a_scale_for_each_output_channel(method: Method) -> None:
     layer, x = fxp.LayerNorm(48), samples()
     layer.weight = np.geomspace(0.05, 3, 48)
-    spec = calibrate(layer, x, method=method, output_per_channel=True)
+    spec = calibrate(layer, x, method=method, output_scales="channel")
     assert spec.output.channel_scales is not None
     assert spec.output.exponents is None
     assert spec.input.exponents is not None
@@ -208,7 +208,7 @@ def test_divergence_is_that_of_the_lost_detail() -> None:
 def test_channel_costs_are_the_weighted_squares_of_the_errors() -> None:
     x = samples()
     weights = np.random.default_rng(0).uniform(size=x.shape)
-    sample = search.Sample(x, weights)
+    sample = search.Sample(x, weights, np.zeros(len(x), dtype=np.int64))
     for params in search.candidates(SideOptions("int8", exponents=3), x.min(0), x.max(0)):
         errors = params.dequantize(params.quantize(x)) - x
         exact = (weights * np.square(errors)).sum(axis=0)

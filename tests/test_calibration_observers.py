@@ -102,7 +102,7 @@ def test_quantiles_are_those_of_the_values_to_a_bin() -> None:
 def test_percentiles_leave_out_their_share_and_never_widen_the_range() -> None:
     values = np.random.default_rng(0).normal(size=(10_000, 4)).astype(np.float32)
     observer = TensorObserver(4)
-    observer.update(values)
+    observer.update(values, np.zeros(len(values), dtype=np.int64))
     low, high = observer.percentile_range(98, by_channel=True)
     np.testing.assert_allclose(low, np.quantile(values, 0.01, axis=0), atol=0.03)
     np.testing.assert_allclose(high, np.quantile(values, 0.99, axis=0), atol=0.03)
@@ -114,7 +114,7 @@ def test_mean_range_is_that_of_the_feeds() -> None:
     feeds = [np.array([[-1.0, 0.5], [2.0, 1.0]]), np.array([[4.0, 0.25]])]
     observer = TensorObserver(2)
     for feed in feeds:
-        observer.update(feed)
+        observer.update(feed, np.arange(len(feed)))
     low, high = observer.mean_range()
     assert low.tolist() == [1.5, 0.375]
     assert high.tolist() == [3.0, 0.625]
@@ -187,9 +187,9 @@ def test_saved_state_is_the_whole_state() -> None:
 def test_a_state_of_another_form_is_refused(change: str) -> None:
     arrays = observed([np.ones((5, N), dtype=np.float32)], [0]).arrays()
     if change == "missing":
-        del arrays["output.ranges.low"]
+        del arrays["output.ranges.lows"]
     elif change == "shape":
-        arrays["output.ranges.low"] = np.zeros(N + 1)
+        arrays["output.ranges.lows"] = np.zeros(N + 1)
     elif change == "dtype":
         arrays["input._tensor.counts"] = arrays["input._tensor.counts"].astype(np.float64)
     else:

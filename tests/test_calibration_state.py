@@ -258,8 +258,8 @@ def _outputs(model: onnx.ModelProto, feed: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("opset", [17, 19])
 def test_a_scale_for_each_output_channel_in_the_model(opset: int) -> None:
     model, data = model_with_norms(opset=opset), Feeds(feeds())
-    params = calibrate_model(model, data, output_per_channel=True)
-    assert params.norms[0].output_record.per_channel
+    params = calibrate_model(model, data, output_scales="channel")
+    assert params.norms[0].output_record.scales == "channel"
     assert params.norms[0].spec.output.channel_scales is not None
     verified = fxp.export.verify(model, fxp.export.quantize_model(model, params), params, data)
     assert verified.exact

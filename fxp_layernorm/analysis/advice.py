@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..calibration import search
 from ..calibration.observers import MinMaxObserver
-from ..calibration.options import SideOptions
+from ..calibration.options import Scales, SideOptions
 from ..errors import FxpError
 from ..layer import LayerNorm, RMSNorm
 from ..planner import plan
@@ -53,7 +53,9 @@ class Command:
         if self.model is None:
             return f"spec = fxp.calibrate(layer, samples, {', '.join(f'{k}={v!r}' for k, v in chosen.items())})"
         words = ["fxp-layernorm", "calibrate", self.model, "--data", self.data, "-o", self.params]
-        return shlex.join([*words, *(word for key, value in chosen.items() for word in (f"--{key}", str(value)))])
+        return shlex.join(
+            [*words, *(word for key, value in chosen.items() for word in (f"--{key.replace('_', '-')}", str(value)))]
+        )
 
 
 @dataclass(frozen=True)
@@ -168,11 +170,15 @@ def _options(side: _Side) -> Iterator[_Option]:
     """Yield what may be tried, cheap ones first."""
     dtype = side.params.dtype
     present = max(side.params.exponents or (0,))
+    own = side.params.channel_scales is not None
     if side.saturation.clipped:
-        arguments: dict[str, object] = {"method": "minmax", "exponents": present}
-        yield _Option("Scales that hold every value", SideOptions(dtype, method="minmax", exponents=present), arguments)
+        arguments: dict[str, object] = {"method": "minmax"}
+        arguments |= {f"{side.name}_scales": "channel"} if own else {"exponents": present}
+        scales = Scales.CHANNEL if own else None
+        holding = SideOptions(dtype, method="minmax", scales=scales, exponents=None if own else present)
+        yield _Option("Scales that hold every value", holding, arguments)
     for exponents in (3, 7):
-        if exponents > present:
+        if exponents > present and not own:
             words = f"{side.name.capitalize()} exponents up to {exponents}"
             yield _Option(words, SideOptions(dtype, exponents=exponents), {"exponents": exponents})
     if dtype.numpy.itemsize == 1:

@@ -16,7 +16,7 @@ from enum import StrEnum
 
 from ..calibration.models import ModelCalibration
 from ..calibration.objective import ModelObjective, Quality
-from ..calibration.options import CalibrationOptions, SideOptions
+from ..calibration.options import LARGEST_BY_DEFAULT, CalibrationOptions, Scales, SideOptions
 from ..calibration.simulation import Sides
 from ..calibration.tuning import Side, Tuned, tune
 from ..errors import FxpError, InputError
@@ -90,7 +90,7 @@ class Format:
     Attributes
     ----------
     input, output : str
-        Like ``int8`` or ``int8+7``: with channel exponents up to 7.
+        Like ``int8``, ``int8+7`` with channel exponents up to 7, or ``int8/channel`` with a scale a channel.
     residual : bool
         Whether the norm adds two tensors of the input's format itself; their sum then keeps 16 bits.
     noise : float
@@ -188,14 +188,17 @@ def energy(spec: LayerNormSpec, *, adds_before: bool) -> float:
 
 
 def side_formats(side: SideOptions) -> dict[str, SideOptions]:
-    """Return the formats that a side may take: 8 and 16 bits, each with channel exponents and without."""
+    """Return the formats that a side may take: 8 and 16 bits, each with one scale and with what channels have here."""
     kind = "int" if side.dtype.signed else "uint"
-    largest = side.exponents or 7
+    shared = side.scales if side.by_channel else Scales.EXPONENTS
+    mark = "/channel" if shared is Scales.CHANNEL else f"+{side.exponents or LARGEST_BY_DEFAULT}"
     chosen = {}
     for bits in (8, 16):
-        for exponents in (0, largest):
-            name = f"{kind}{bits}+{exponents}" if exponents else f"{kind}{bits}"
-            chosen[name] = SideOptions(f"{kind}{bits}", exponents=exponents, narrow_range=side.narrow_range)
+        name = f"{kind}{bits}"
+        chosen[name] = SideOptions(name, scales=Scales.TENSOR, narrow_range=side.narrow_range)
+        chosen[name + mark] = SideOptions(
+            name, scales=shared, exponents=side.exponents or None, narrow_range=side.narrow_range
+        )
     return chosen
 
 
@@ -221,7 +224,7 @@ def meet_target(
         parameters stand in the model keep them.
     objective : ModelObjective
     options : CalibrationOptions
-        The kind of the codes, signed or not, the largest exponent, the lane and the hardware.
+        The kind of the codes, signed or not, what channels have of their own, the lane and the hardware.
     target : Target
     advance : callable
         Called after each side that was measured in a format.

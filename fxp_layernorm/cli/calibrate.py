@@ -21,8 +21,9 @@ _METHODS = click.Choice(["minmax", "moving_average", "percentile", "mse", "entro
 _DECIDED_BY_TARGET = {
     "method": "--method", "input_method": "--input-method", "output_method": "--output-method",
     "percentile": "--percentile", "symmetric": "--symmetric or --asymmetric",
-    "output_per_channel": "--output-per-channel", "fuse_residual": "--fuse-residual",
+    "fuse_residual": "--fuse-residual",
 }  # fmt: skip
+_SCALES = click.Choice(["tensor", "exponents", "channel"])
 _TYPES = click.Choice([dtype.value for dtype in DType if dtype.bits <= 16])
 
 
@@ -52,15 +53,17 @@ _TYPES = click.Choice([dtype.value for dtype in DType if dtype.bits <= 16])
     help="The share of the values, in percent, that the method percentile keeps.",
 )  # fmt: skip
 @click.option(
-    "--exponents",
-    type=click.IntRange(0, 15),
-    metavar="MAX",
-    help="Give each channel a power of two, at most 2**MAX; 0 is one scale a tensor. [default: 7 for codes of 8 bits, "
-    "0 for wider ones]",
+    "--scales",
+    type=_SCALES,
+    help="How channels share a scale. tensor: one for all. exponents: one, times a power of two for each channel, a "
+    "shift. channel: each has its own, which costs nothing for outputs, and a multiplication an element for inputs. "
+    "[default: for codes of 8 bits exponents, but channel for outputs by the method mse; tensor for wider codes]",
 )
+@click.option("--input-scales", type=_SCALES, help="The same for the inputs alone.")
+@click.option("--output-scales", type=_SCALES, help="The same for the outputs alone.")
 @click.option(
-    "--output-per-channel", is_flag=True,
-    help="Give each output channel a scale of its own, for consumers that dequantize so, instead of an exponent.",
+    "--exponents", type=click.IntRange(0, 15), metavar="MAX",
+    help="The largest exponent that a channel may have; 0 is one scale a tensor. [default: 7]",
 )  # fmt: skip
 @click.option(
     "--symmetric/--asymmetric", default=None,
