@@ -247,7 +247,7 @@ def _headroom(channels: _Channels, seen: TensorObserver, sample: Sample) -> floa
         costs = [sample.channel_cost(wide.with_scales(wide.needed), rows=rows) for wide, rows in made]
         return float(np.sum(costs))
 
-    return min((2.0 ** (step / _STEPS) for step in range(-_SHRINK * _STEPS, _STEPS + 1)), key=cost)
+    return min((math.exp2(step / _STEPS) for step in range(-_SHRINK * _STEPS, _STEPS + 1)), key=cost)
 
 
 def _clipped(params: QuantParams, channels: _Channels, sample: Sample) -> QuantParams:
