@@ -160,14 +160,44 @@ def test_exponents_that_clip_where_it_pays() -> None:
     assert noise["mse"] < noise["minmax"]
 
 
+def test_channels_own_scales_are_as_wide_as_other_rows_need() -> None:
+    """Even values never go beyond what was seen by much, those with heavy tails do; and few rows tell neither."""
+    rng, layer = np.random.default_rng(5), fxp.LayerNorm(64)
+    drawn = {"even": rng.uniform(-1, 1, size=(1024, 64)), "heavy": rng.standard_t(3, size=(1024, 64))}
+    width = {}
+    for name, x in (*drawn.items(), ("few", drawn["heavy"][:100])):
+        calibration = NormCalibration(layer)
+        calibration.observer.update(x)
+        seen, output = calibration.observer.output.ranges, calibration.spec(CalibrationOptions()).output
+        width[name] = float(np.median(255 * output.channel_steps(64) / (seen.high - seen.low)))
+    assert width["few"] == pytest.approx(1.25)
+    assert 1 <= width["even"] < width["few"] < width["heavy"] <= 2
+
+
+def test_scales_by_default() -> None:
+    def scales(*types: str, **options: Any) -> tuple[str, str]:
+        chosen = CalibrationOptions.of(*types, **options)
+        assert (chosen.input.exponents > 0) == (chosen.input.scales == "exponents")
+        return chosen.input.scales.value, chosen.output.scales.value
+
+    assert scales() == scales("uint8", "uint8", exponents=3) == ("exponents", "channel")
+    assert CalibrationOptions() == CalibrationOptions.of()
+    assert scales(method="minmax") == scales(output_method="entropy") == ("exponents", "exponents")
+    assert scales("int16", "int16") == scales(exponents=0) == ("tensor", "tensor")
+    assert scales("int16", "int8", method="mse") == ("tensor", "channel")
+    assert scales("int16", "int16", exponents=7) == scales(scales="exponents") == ("exponents", "exponents")
+    assert scales(exponents=0, output_scales="channel") == ("tensor", "channel")
+    assert scales(exponents=5, input_scales="channel", output_scales="exponents") == ("channel", "exponents")
+
+
 @pytest.mark.parametrize("method", list(Method))
-def test_a_scale_for_each_output_channel(method: Method) -> None:
+def test_a_scale_for_each_channel(method: Method) -> None:
     layer, x = fxp.LayerNorm(48), samples()
     layer.weight = np.geomspace(0.05, 3, 48)
-    spec = calibrate(layer, x, method=method, output_scales="channel")
-    assert spec.output.channel_scales is not None
-    assert spec.output.exponents is None
-    assert spec.input.exponents is not None
+    spec = calibrate(layer, x, method=method, scales="channel")
+    for params in (spec.input, spec.output):
+        assert params.channel_scales is not None
+        assert params.exponents is None
     norm = fxp.FxpLayerNorm(spec)
     noise = np.square(norm.forward(x) - layer(x)).mean()
     assert noise < np.square(fxp.FxpLayerNorm(calibrate(layer, x, exponents=0)).forward(x) - layer(x)).mean()
@@ -306,7 +336,9 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], match
 @pytest.mark.parametrize(
     ("options", "match"),
     [({"method": "best"}, "minmax, .*mse"), ({"exponents": -1}, "from 0 to 15"), ({"exponents": 16}, "from 0 to 15"),
-     ({"exponents": 2.5}, "from 0 to 15"), ({"lane": 48}, "24, 32, 64")],
+     ({"exponents": 2.5}, "from 0 to 15"), ({"scales": "row"}, "tensor, exponents, channel"),
+     ({"scales": "exponents", "exponents": 0}, "above 0"), ({"scales": "channel", "exponents": 3}, "neither side"),
+     ({"lane": 48}, "24, 32, 64")],
 )  # fmt: skip
 def test_bad_options(options: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=match):
