@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -273,9 +274,17 @@ def _call(threads: int, kernel: Callable[..., None], *arguments: Any) -> None:
         TEAM.call(threads, kernel, *arguments)
 
 
-@functools.cache
+_LOADING = threading.Lock()
+
+
 def _kernels() -> Any:
-    """Load the kernels, and Numba with them, when they are first needed."""
+    """Return the kernels, which are loaded, and Numba with them, when they are first needed."""
+    with _LOADING:  # two threads that import Numba at once wait for each other forever
+        return _loaded()
+
+
+@functools.cache
+def _loaded() -> Any:
     from numba.core import event
 
     from . import kernels
