@@ -9,7 +9,6 @@ so that a norm fits to the rounding of its constants, and what only resembles on
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -21,7 +20,8 @@ import onnx_ir as ir
 
 from ..proof import NormKind
 from .constants import quantizes
-from .evaluation import MEASURES, Array, Evaluator
+from .evaluation import Array, Evaluator
+from .regions import MOST_NODES, Regions
 from .statistic import Statistic
 
 _REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"}
@@ -37,8 +37,8 @@ OPERATORS = _REDUCTIONS | _PASSING | _ARITHMETIC | _SHAPES | {_BATCH, _INSTANCE}
 #: Without one of these there is none.
 ROOTS = {"Sqrt", "Pow", "ReduceL2", _BATCH, _INSTANCE}
 
-#: Nodes that a region may have on either side of its x, and beyond the first x in search of one that more follows from.
-_MOST_NODES, _MORE_NODES = 64, 8
+#: Nodes beyond the first x in search of one that more follows from.
+_MORE_NODES = 8
 #: Elements of a random tensor, at most.
 _MOST_ELEMENTS = 1 << 19
 #: How far a value may be off, in proportion: the rounding of constants such as 1/n, with means of three deviations.
@@ -118,17 +118,14 @@ class _Finder:
     """Walks a graph and evaluates parts of it."""
 
     def __init__(self, graph: ir.Graph, evaluator: Evaluator) -> None:
-        self._nodes = list(graph)
-        self._order = {node: index for index, node in enumerate(self._nodes)}
+        self._regions = Regions(graph, evaluator)
         self._evaluator = evaluator
-        self._constants, self._shapes = evaluator.constants, evaluator.shapes
-        self._runs = evaluator.runs
 
     def roots(self, known: Set[ir.Node]) -> Iterator[_Root]:
         """Yield the square roots."""
-        for node in self._nodes:
+        for node in self._regions.nodes:
             argument = node.inputs[0] if node.inputs else None
-            if node in known or not self._runs(node) or argument is None or self._evaluator.given(argument):
+            if node in known or not self._evaluator.runs(node) or argument is None or self._evaluator.given(argument):
                 continue
             epsilon = node.attributes.get_float("epsilon", 1e-5)
             if node.op_type == "ReduceL2":
@@ -139,7 +136,7 @@ class _Finder:
                 yield _Root(argument, added=epsilon, node=node)
             elif node.op_type == "Sqrt":
                 yield _Root(argument)
-            elif node.op_type == "Pow" and (power := node.inputs[1]) is not None and power in self._constants:
+            elif node.op_type == "Pow" and (power := node.inputs[1]) is not None and power in self._evaluator.constants:
                 exponent = self._evaluator.constant(power)
                 if exponent.size == 1 and abs(exponent.item()) == 0.5:
                     yield _Root(argument)
@@ -149,8 +146,8 @@ class _Finder:
         if root.node is not None:
             return self._norm_of_instances(root)
         candidates: list[tuple[ir.Value, Statistic]] = []
-        most = _MOST_NODES
-        for x, nodes in self._inputs(root.value):
+        most = MOST_NODES
+        for x, nodes in self._regions.inputs(root.value):
             if len(nodes) > most:
                 break
             if not any(node.op_type in _REDUCTIONS for node in nodes):
@@ -163,7 +160,7 @@ class _Finder:
             regions = [self._region(x, statistic) for x, statistic in candidates if statistic.kind is kind]
             found = [region for region in regions if region is not None]
             if found:
-                return max(found, key=lambda region: self._order[region.nodes[-1]])
+                return max(found, key=lambda region: self._regions.order[region.nodes[-1]])
         return None
 
     def _norm_of_instances(self, root: _Root) -> Decomposed | None:
@@ -177,20 +174,6 @@ class _Finder:
         axes = tuple(range(2 - len(root.value.shape), 0))
         found = self._region(root.value, Statistic(NormKind.LAYERNORM, axes, unbiased=False, epsilon=root.added))
         return found if found is not None and (np.ptp(found.gamma) or np.ptp(found.beta)) else None
-
-    def _inputs(self, argument: ir.Value) -> Iterator[tuple[ir.Value, list[ir.Node]]]:
-        """Yield each value that alone decides `argument`, the nearest first, with the nodes from it, in order."""
-        open_values, nodes, given = {argument}, list[ir.Node](), self._evaluator.given
-        while len(nodes) <= _MOST_NODES:
-            if len(open_values) == 1 and nodes:
-                yield next(iter(open_values)), nodes[::-1]
-            producers = {value.producer() for value in open_values}
-            latest = max(producers, key=lambda node: -1 if node is None else self._order.get(node, -1))
-            if latest is None or latest not in self._order or not self._runs(latest):
-                return
-            open_values.difference_update(latest.outputs)
-            open_values.update(value for value in latest.inputs if value is not None and not given(value))
-            nodes.append(latest)
 
     def _statistic(self, x: ir.Value, nodes: list[ir.Node], argument: ir.Value, *, squared: bool) -> Statistic | None:
         """Return what `argument`, or its square, is of x, where it is a variance or a mean square plus eps.
@@ -233,7 +216,7 @@ class _Finder:
 
     def _region(self, x: ir.Value, statistic: Statistic) -> Decomposed | None:
         """Return the norm from x to the last value that is one."""
-        nodes = self._consumers(x)
+        nodes = self._regions.consumers(x)
         for whole in (False, True):
             itself = () if statistic.summed else (statistic,)
             for possible in (*itself, *self._with_eps_outside(x, statistic, nodes, whole=whole)):
@@ -265,7 +248,7 @@ class _Finder:
     def _found(self, x: ir.Value, statistic: Statistic, fits: dict[ir.Value, tuple[Array, Array]]) -> Decomposed:
         """Return the norm from x to the last value that is one, with the parameters of the biased variance."""
         output = _last(fits)
-        members, used = self._members(x, output)
+        members, used = self._regions.members(x, output)
         sizes = list(x.shape) if x.shape is not None else [None]
         shape = [sizes[axis] if -axis <= len(sizes) else None for axis in statistic.axes]
         gamma, beta = fits[output]
@@ -327,51 +310,6 @@ class _Finder:
                         continue
                 del fits[value]
         return fits
-
-    def _consumers(self, x: ir.Value) -> list[ir.Node]:
-        """Return the nodes behind x that read nothing else but constants, in order."""
-        known, nodes = {x}, list[ir.Node]()
-        queue = [self._order[node] for node in x.consumers() if node in self._order]
-        seen = set(queue)
-        heapq.heapify(queue)
-        while queue and len(nodes) < _MOST_NODES:
-            node = self._nodes[heapq.heappop(queue)]
-            if not self._runs(node) or not all(
-                v is None or v in known or self._evaluator.given(v) for v in node.inputs
-            ):
-                continue
-            if all(value in self._shapes for value in node.outputs):
-                continue
-            nodes.append(node)
-            known.update(node.outputs)
-            for consumer in (consumer for value in node.outputs for consumer in value.consumers()):
-                index = self._order.get(consumer)
-                if index is not None and index not in seen:
-                    seen.add(index)
-                    heapq.heappush(queue, index)
-        return nodes
-
-    def _members(self, x: ir.Value, output: ir.Value) -> tuple[tuple[ir.Node, ...], str | None]:
-        """Return the nodes from x to output that can go, in order, and an inner value that the model needs."""
-        last = output.producer()
-        assert last is not None
-        between, stack = set[ir.Node](), [last]
-        while stack:
-            node = stack.pop()
-            if node not in between:
-                between.add(node)
-                if node.op_type in MEASURES:
-                    continue
-                inner = (value for value in node.inputs if value is not x and value not in self._constants)
-                stack += [producer for value in inner if value is not None and (producer := value.producer())]
-        members, used = {last}, None
-        for node in sorted(between - {last}, key=self._order.__getitem__, reverse=True):
-            outside = [v for v in node.outputs if v.is_graph_output() or not members.issuperset(v.consumers())]
-            if not outside:
-                members.add(node)
-            elif outside[0] not in self._shapes:  # a shape stays where others need it
-                used = used or outside[0].name
-        return tuple(sorted(members, key=self._order.__getitem__)), used
 
     def _sizes(
         self, x: ir.Value, nodes: list[ir.Node], axes: Sequence[int], *, whole: bool, trial: int = 0
