@@ -190,15 +190,16 @@ def energy(spec: LayerNormSpec, *, adds_before: bool) -> float:
 def side_formats(side: SideOptions) -> dict[str, SideOptions]:
     """Return the formats that a side may take: 8 and 16 bits, each with one scale and with what channels have here."""
     kind = "int" if side.dtype.signed else "uint"
-    shared = side.scales if side.by_channel else Scales.EXPONENTS
-    mark = "/channel" if shared is Scales.CHANNEL else f"+{side.exponents or LARGEST_BY_DEFAULT}"
     chosen = {}
     for bits in (8, 16):
         name = f"{kind}{bits}"
         chosen[name] = SideOptions(name, scales=Scales.TENSOR, narrow_range=side.narrow_range)
-        chosen[name + mark] = SideOptions(
-            name, scales=shared, exponents=side.exponents or None, narrow_range=side.narrow_range
-        )
+        if side.scales is Scales.CHANNEL and bits == 8:  # wider codes hold what was observed: exponents have more room
+            mark, shared, largest = "/channel", Scales.CHANNEL, None
+        else:
+            largest = side.exponents or LARGEST_BY_DEFAULT
+            mark, shared = f"+{largest}", Scales.EXPONENTS
+        chosen[name + mark] = SideOptions(name, scales=shared, exponents=largest, narrow_range=side.narrow_range)
     return chosen
 
 
