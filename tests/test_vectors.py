@@ -39,6 +39,7 @@ for source, target, largest in eval(sys.argv[3]):
 """
 #: Two that take different ways through every vector but those of 64 bits, and the others.
 QUICK = [("uint8", "int8", 3), ("int16", "uint8", 0)]
+EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
 ALL = [
     *QUICK, ("int8", "uint8", 0), ("uint16", "int8", 0), ("int8", "int8", 5), ("int16", "int16", 0),
     ("int8", "uint16", 3),
@@ -50,9 +51,9 @@ ALL = [
     ("cpu", "features", "pairings"),
     [
         ("haswell", AVX2, QUICK),
-        pytest.param("haswell", AVX2, ALL, marks=pytest.mark.slow),
-        pytest.param("x86-64", SSE2, ALL, marks=pytest.mark.slow),
-        pytest.param("skylake-avx512", AVX512, ALL, marks=pytest.mark.slow),
+        pytest.param("haswell", AVX2, ALL, marks=EXHAUSTIVE),
+        pytest.param("x86-64", SSE2, ALL, marks=EXHAUSTIVE),
+        pytest.param("skylake-avx512", AVX512, ALL, marks=EXHAUSTIVE),
     ],
     ids=["avx2, quick", "avx2", "sse2", "avx512 without vnni"],
 )
