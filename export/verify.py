@@ -174,7 +174,12 @@ class Verifier:
         x, codes, params = values.get(side.real or ""), values[side.codes], side.params(kernel.spec)
         if x is None or x.dtype != np.float32 or params is None:
             return
-        bad = kernel.quantize(x, params) != codes if side.enters else kernel.dequantize(codes, params) != x
+        try:
+            bad = kernel.quantize(x, params) != codes if side.enters else kernel.dequantize(codes, params) != x
+        except InputError as error:
+            raise DataError(
+                f"the norm {check.name!r} reads {side.real!r}, of which {error}; verify with data that keep it finite"
+            ) from error
         check.border_mismatches += int(np.count_nonzero(bad))
         bad_rows, reals, got = (_rows(array, kernel.spec) for array in (bad, x, codes))
         beyond = beyond_quantizer(params, reals, got) if side.enters else beyond_dequantizer(params, got, reals)
@@ -263,8 +268,11 @@ def verify(
         If the feeds don't fit.
     """
     verifier, reference = Verifier(exported, params, results), Session(load_model(model))
-    for feed in feeds:
-        verifier.update(feed, reference.run(feed))
+    for number, feed in enumerate(feeds):
+        try:
+            verifier.update(feed, reference.run(feed))
+        except DataError as error:
+            raise DataError(f"{feeds.name(number)}: {error}") from error
         advance()
     result = verifier.result()
     if not result.codes:

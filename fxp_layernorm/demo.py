@@ -6,9 +6,9 @@ channels; the texts are docstrings of Python's standard library, so that nothing
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import warnings
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import files
+from . import docstrings, files
 from .calibration.options import CalibrationOptions
 from .errors import MissingDependencyError
 from .runtime import Feed, Feeds, Session
@@ -107,21 +107,11 @@ def model_path() -> Path:
 
 def texts() -> list[str]:
     """Return docstrings of the standard library, white space folded, in an order that mixes the modules."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some modules announce their end when they are looked at
-        ordered = list(dict.fromkeys(text for name in _MODULES for text in _docstrings(name) if len(text) >= 60))
+    command = [sys.executable, "-I", "-S", "-W", "ignore", docstrings.__file__, *_MODULES]
+    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    ordered = list(dict.fromkeys(text for text in found if len(text) >= 60))
     np.random.default_rng(0).shuffle(ordered)
     return ordered
-
-
-def _docstrings(module: str) -> Iterator[str]:
-    try:
-        members = vars(importlib.import_module(module))
-    except ImportError:  # not every build of Python has all of them
-        return
-    for key in sorted(members):
-        if not key.startswith("_") and (inspect.isroutine(members[key]) or inspect.isclass(members[key])):
-            yield " ".join((inspect.getdoc(members[key]) or "").split())
 
 
 def feeds(chosen: list[str], batch: int = _BATCH) -> Iterator[Feed]:

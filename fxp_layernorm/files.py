@@ -20,6 +20,9 @@ T = TypeVar("T")
 #: How pydantic reads the dataclasses that are written to files: no unknown key, no conversion.
 STRICT: Any = {"extra": "forbid", "strict": True}
 
+#: How many characters a message takes over from a file.
+_MOST = 240
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -100,14 +103,14 @@ def load_json(cls: type[T], path: str | Path, *, schema_version: int) -> T:
     except OSError as error:
         raise SpecFileError(f"{source} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise SpecFileError(f"{source} is not JSON, or is cut short: {error}") from error
+        raise SpecFileError(f"{source} is not JSON, or is cut short: {_short(error)}") from error
     if not isinstance(document, dict):
         raise SpecFileError(f"{source} holds a {type(document).__name__}; an object with a schema_version is expected")
     found = document.pop("schema_version", None)
     if type(found) is not int or found != schema_version:
         raise SpecFileError(
-            f"{source} has the schema version {found!r}; this version of fxp-layernorm ({__version__}) reads "
-            f"{schema_version}. Make the file anew, or install the version that wrote it"
+            f"{source} has the schema version {_short(repr(found))}; this version of fxp-layernorm ({__version__}) "
+            f"reads {schema_version}. Make the file anew, or install the version that wrote it"
         )
     document.pop("producer", None)
     try:
@@ -115,9 +118,17 @@ def load_json(cls: type[T], path: str | Path, *, schema_version: int) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the document"
-        raise SpecFileError(f"{source}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise SpecFileError(
+            f"{source}: {_short(place)}: {_short(first['msg'].removeprefix('Value error, '))}"
+        ) from error
     except FxpError as error:
-        raise SpecFileError(f"{source}: {error}") from error
+        raise SpecFileError(f"{source}: {_short(error)}") from error
+
+
+def _short(text: object) -> str:
+    """Return a message without the middle of what is too long to read: a number of thousands of digits, say."""
+    whole = str(text)
+    return whole if len(whole) <= _MOST else f"{whole[: _MOST // 2]}[...]{whole[-_MOST // 2 :]}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -75,6 +75,10 @@ class Feeds:
         if not count:
             raise DataError("the data holds no feed")
 
+    def name(self, number: int) -> str:
+        """Return what messages call the feed of this number, the first being 0; its file where it is from one."""
+        return f"feed {number}" if self._files is None else f"feed {number} ({self._files[number]})"
+
     def _called(self) -> Iterator[Feed]:
         try:
             yield from self._feeds()

@@ -115,6 +115,10 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "values that are not finite": (
         ("calibrate", "{}/model.onnx", "--data", "{}/nan.npz", "-o", "{}/p.json"), "NaN or infinite"
     ),
+    "a later feed that is not finite": (
+        ("verify", "{}/model.onnx", "{}/out.onnx", "{}/params.json", "--data", "{}/partly"),
+        "partly/1.npz): the norm 'norm0' reads 'sum0', of which 16 of 160 values are NaN or infinite; verify with data",
+    ),
     "a model without norms": (
         ("calibrate", "{}/plain.onnx", "--data", "{}/data", "-o", "{}/p.json"), "no norm that can be replaced"
     ),
@@ -176,11 +180,15 @@ def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = feeds(1)[0]["x"]
     for name, feed in {"lacking": {"z": x}, "rank": {"x": x[0]}, "nan": {"x": x * np.float32(np.nan)}}.items():
         np.savez(path / f"{name}.npz", **feed)
+    (path / "partly").mkdir()
+    np.savez(path / "partly" / "0.npz", x=x)
+    np.savez(path / "partly" / "1.npz", x=np.where(np.arange(10).reshape(2, 5, 1) == 3, np.float32(np.nan), x))
     vast = io.BytesIO()  # a header without its array
     np.lib.format.write_array_header_1_0(vast, {"descr": "<f4", "fortran_order": False, "shape": (1 << 45, 3)})
     with zipfile.ZipFile(path / "vast.npz", "w") as archive:
         archive.writestr("x.npy", vast.getvalue())
     run("calibrate", path / "model.onnx", "--data", path / "data", "-o", path / "params.json")
+    run("export", path / "model.onnx", path / "params.json", "-o", path / "out.onnx")
     text = (path / "params.json").read_text()
     (path / "cut.json").write_text(text[: len(text) // 2])
     (path / "later.json").write_text(re.sub('"schema_version": [0-9]+', '"schema_version": 99', text, count=1))

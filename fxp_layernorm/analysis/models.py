@@ -86,12 +86,15 @@ def analyze_model(
     held: list[_Held] = []
     count = size = 0
     for feed in feeds:
-        values = session.run(feed)
+        try:
+            values = session.run(feed)
+        except DataError as error:
+            raise DataError(f"{feeds.name(count)}: {error}") from error
         for norm, analyzer, names in zip(params.norms, analyzers, operands, strict=True):
             try:
                 analyzer.update(*(values[name] for name in names))
             except FxpError as error:
-                raise DataError(f"feed {count}, norm {norm.name!r}: {error}") from error
+                raise DataError(f"{feeds.name(count)}, norm {norm.name!r}: {error}") from error
         outputs = {name: values[name] for name in session.outputs}
         size += sum(array.nbytes for array in [*feed.values(), *outputs.values()])
         if not held or (size <= HELD_BYTES and len(held) == count):
