@@ -1,12 +1,13 @@
 """What observing costs beside the model's own run: `python -m benchmarks.calibration_speed`.
 
-The demo's sentence transformer on 32 texts, one thread, the least of several repetitions of each part.
+The demo's sentence transformer on 32 texts, one thread, each part in each of several repetitions.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import statistics
 import time
 from collections.abc import Callable
 
@@ -33,7 +34,7 @@ def main() -> None:
     feeds = list(demo.feeds(demo.texts()[: demo.CALIBRATION_TEXTS]))
     plain, job = Session(model, threads=1), Job(model, norms)
     values = [job.session().run(feed) for feed in feeds]
-    rows = sum(values[0][norm.input].size // norm.layer.n for norm in norms[:1]) * len(feeds)
+    rows = sum(each[norms[0].input].size for each in values) // norms[0].layer.n
 
     def run() -> None:
         for feed in feeds:
@@ -48,6 +49,8 @@ def main() -> None:
         for number, each in enumerate(values):
             for norm in norms:
                 observers[norm.name].update(each[norm.input], each[norm.output], feed=number)
+        for observer in observers.values():
+            observer.arrays()  # none of the feeds is left waiting
 
     def take_hashes() -> None:
         data = FeedHash()
@@ -58,6 +61,8 @@ def main() -> None:
         into = ModelObserver(norms)
         for number, feed in enumerate(feeds):
             job.observe(feed, number, into)
+        for observer in into.norms.values():
+            observer.arrays()
 
     parts = {
         "the model's own run in ONNX Runtime": run,
@@ -66,15 +71,16 @@ def main() -> None:
         "the feeds' hashes": take_hashes,
         "all of calibrate's pass": calibrate,
     }
-    seconds = dict.fromkeys(parts, float("inf"))
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(repeats):  # each part in each round, so that a busy machine slows all alike
         for name, part in parts.items():
-            seconds[name] = min(seconds[name], _time(part))
+            seconds[name].append(_time(part))
     own = seconds["the model's own run in ONNX Runtime"]
-    print(f"{len(norms)} norms, {len(feeds)} feeds, {rows:,} rows a norm, one thread\n")
-    print("| part | s | of the model's own run |\n|---|---|---|")
-    for name, least in seconds.items():
-        print(f"| {name} | {least:.3f} | {least / own:.2f} |")
+    print(f"{len(norms)} norms, {len(feeds)} feeds, {rows:,} rows a norm, one thread, {repeats} repetitions\n")
+    print("| part | s, least | of the model's own run, median | in each repetition |\n|---|---|---|---|")
+    for name, found in seconds.items():
+        ratios = sorted(part / run for part, run in zip(found, own, strict=True))
+        print(f"| {name} | {min(found):.3f} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} |")
     print(f"\n(CPython {platform.python_version()}, numpy {np.__version__}, onnxruntime {onnxruntime.__version__})")
 
 

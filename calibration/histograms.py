@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from .observers import Counts, Floats, Observer, Rows
 
 #: Bins are at least 2**_NARROWEST wide, so that the division by their width never overflows float32.
 _NARROWEST = -100
+#: Values counted at a time: what is computed of them stays in a core's cache.
+_BLOCK = 1 << 14
 
 
 class Histogram(Observer):
@@ -46,16 +48,21 @@ class Histogram(Observer):
         """Count finite values of shape (rows, channels), where `magnitude` is the largest of each channel."""
         width = np.frexp(magnitude)[1].astype(np.int64) - (self._half.bit_length() - 1)
         self._grow(np.where(magnitude > 0, width, _NARROWEST))
-        channels, bins = self.counts.shape
         scale = np.ldexp(rows.dtype.type(1), -self.width).astype(rows.dtype)
-        places = (rows * scale).astype(np.intp)
-        places += np.arange(channels, dtype=np.intp) * bins + self._half
-        self.counts += np.bincount(places.reshape(-1), minlength=channels * bins).reshape(channels, bins)
+        channels, bins = self.counts.shape
+        counts, middles = self.counts.reshape(-1), np.arange(channels, dtype=np.intp) * bins + self._half
+        step = max(_BLOCK // channels, 1)
+        for start in range(0, len(rows), step):
+            places = (rows[start : start + step] * scale).astype(np.intp)
+            places += middles
+            np.add.at(counts, places.reshape(-1), 1)
 
     def merge(self, other: Self) -> None:
         """Take in what another histogram of the same size has counted."""
         self._grow(other.width)
-        self.counts += _coarser(other.counts, self.width - other.width)
+        for doubling, chosen in _groups(self.width - other.width):
+            found = other.counts[chosen]
+            self.counts[chosen] += _coarser(found, doubling) if doubling else found
 
     def quantiles(self, shares: tuple[float, float]) -> tuple[Floats, Floats]:
         """Return, for each channel, the values below which these shares of the counts lie.
@@ -78,28 +85,30 @@ class Histogram(Observer):
 
     def _grow(self, width: Counts) -> None:
         grown = np.maximum(self.width, width)
-        if (grown > self.width).any():
-            self.counts = _coarser(self.counts, grown - self.width)
-            self.width = grown
+        if (grown > self.width).any() and self.counts.any():
+            for doubling, chosen in _groups(grown - self.width):
+                if doubling:
+                    self.counts[chosen] = _coarser(self.counts[chosen], doubling)
+        self.width = grown
 
 
-def _coarser(counts: Counts, doublings: npt.NDArray[Any]) -> Counts:
-    """Return counts with each channel's bins made wider by a power of two."""
-    changed = np.flatnonzero(doublings)
-    if not len(changed) or not counts.any():
-        return counts
+def _groups(doublings: Counts) -> Iterator[tuple[int, Counts]]:
+    """Yield each number of doublings, and the channels that have it."""
+    for doubling in np.unique(doublings).tolist():
+        yield doubling, np.flatnonzero(doublings == doubling)
+
+
+def _coarser(counts: Counts, doubling: int) -> Counts:
+    """Return counts with bins made wider by a power of two."""
     half = counts.shape[1] // 2
-    result = counts.copy()
-    for doubling in np.unique(doublings[changed]).tolist():
-        chosen = changed[doublings[changed] == doubling]
-        together = 1 << min(doubling, half.bit_length() - 1)
-        left = half // together
-        above = counts[chosen, half:].reshape(-1, left, together).sum(axis=2)
-        below = counts[chosen, half:0:-1]  # bins 0, -1, -2, ...
-        below[:, 0] = 0
-        below = below.reshape(-1, left, together).sum(axis=2)
-        above[:, 0] += below[:, 0]
-        result[chosen] = 0
-        result[chosen, half : half + left] = above
-        result[chosen, half - left + 1 : half] = below[:, :0:-1]
+    together = 1 << min(doubling, half.bit_length() - 1)
+    left = half // together
+    above = counts[:, half:].reshape(-1, left, together).sum(axis=2)
+    below = counts[:, half:0:-1].copy()  # bins 0, -1, -2, ...
+    below[:, 0] = 0
+    below = below.reshape(-1, left, together).sum(axis=2)
+    above[:, 0] += below[:, 0]
+    result = np.zeros_like(counts)
+    result[:, half : half + left] = above
+    result[:, half - left + 1 : half] = below[:, :0:-1]
     return result

@@ -14,6 +14,7 @@ from ..layer import LayerNorm, RMSNorm
 from ..quantization import LARGEST_SCALE
 from .histograms import Histogram
 from .observers import (
+    MOST_WAITING,
     ROW_BITS,
     Counts,
     ExactSum,
@@ -35,6 +36,8 @@ FEWEST_ROWS = 128
 FOLDS = 8
 #: Rows of a feed that belong to the same part, in a binary logarithm: neighbours, which are alike, mostly do.
 _BLOCK_BITS = 6
+#: Values of a tensor that may wait to be counted together: one by one, small feeds cost half as much again.
+WAITING_VALUES = 1 << 18
 #: Bins on each side of zero of a tensor's histogram.
 TENSOR_BINS = 1 << 12
 #: Bins of all channels' histograms together, and the fewest and most on each side of zero of one of them.
@@ -110,31 +113,47 @@ class TensorObserver(Observer):
         self._tensor = Histogram(1, TENSOR_BINS)
         half = 1 << (CHANNEL_BINS // (2 * n)).bit_length() >> 1
         self._channels = Histogram(n, min(max(half, FEWEST_BINS), MOST_BINS))
+        self._waiting: list[tuple[Rows, Rows, Rows]] = []
 
     def update(self, rows: Rows, folds: Counts) -> None:
         """Take in the finite rows of one feed, of shape (rows, n), and the fold of each; see `folds_of`."""
-        borders = [0, *(np.flatnonzero(np.diff(folds)) + 1).tolist(), len(rows)]
+        borders = [0, *(np.flatnonzero(folds[1:] != folds[:-1]) + 1).tolist(), len(rows)]
         parts = [(int(folds[start]), rows[start:stop]) for start, stop in pairwise(borders)]
         ranges = [channel_ranges(part) for _, part in parts]
         low = np.minimum.reduce([bottom for bottom, _ in ranges])
         high = np.maximum.reduce([top for _, top in ranges])
-        magnitude = np.maximum(-low, high)
-        largest = magnitude.max()
+        largest = max(-low.min(), high.max())
         if largest > LARGEST_SCALE:
             raise DataError(f"a value is {float(largest):.3g}, beyond float32's range")
         for (fold, part), (bottom, top) in zip(parts, ranges, strict=True):
             self.ranges.extend(fold, bottom, top, len(part))
+        count = rows.size + sum(waiting.size for waiting, _, _ in self._waiting)
+        full = count >= WAITING_VALUES or len(self._waiting) == MOST_WAITING
+        self._waiting.append((rows if full else rows.copy(), low, high))  # the caller may change its own
+        if full:
+            self._settle()
+
+    def _settle(self) -> None:
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        rows, lows, highs = map(list, zip(*waiting, strict=True))
+        low, high = np.stack(lows), np.stack(highs)
         self._lows.add(low)
         self._highs.add(high)
-        self._tensor.update(rows.reshape(-1, 1), np.atleast_1d(largest))
-        self._channels.update(rows, magnitude)
+        magnitude = np.maximum(-low.min(axis=0), high.max(axis=0))
+        values = np.concatenate(rows)
+        self._tensor.update(values.reshape(-1, 1), magnitude.max(keepdims=True))
+        self._channels.update(values, magnitude)
 
     def mean_range(self) -> tuple[Floats, Floats]:
         """Return the mean over the feeds of each channel's lowest and highest value."""
+        self._settle()
         return self._lows.mean(), self._highs.mean()
 
     def percentile_range(self, percentile: float, *, by_channel: bool) -> tuple[Floats, Floats]:
         """Return the range that holds this share of the values, of each channel or of the tensor in an array of one."""
+        self._settle()
         outside = (1 - percentile / 100) / 2
         low, high = self.ranges.low, self.ranges.high
         if not by_channel:

@@ -19,6 +19,8 @@ Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
 
+#: Feeds that may wait to be taken in together.
+MOST_WAITING = 256
 #: Rows of one feed that a row sample can tell apart; the feeds' numbers take the bits above.
 ROW_BITS = 32
 
@@ -26,7 +28,8 @@ ROW_BITS = 32
 class Observer:
     """What the observers share: their state as named arrays, for files and for comparisons.
 
-    A subclass names its arrays and its inner observers in `_state`.
+    A subclass names its arrays and its inner observers in `_state`. Feeds may wait outside of it, as several taken in
+    together cost less; the state never shows that, as whatever reads it calls `_settle` first.
     """
 
     _state: ClassVar[tuple[str, ...]]
@@ -35,7 +38,15 @@ class Observer:
         """Return the whole state as arrays by name."""
         return dict(self._items())
 
+    def _settle(self) -> None:
+        """Take in the feeds that wait."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return self.__dict__
+
     def _items(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        self._settle()
         for name in self._state:
             value = getattr(self, name)
             if isinstance(value, Observer):
@@ -55,13 +66,15 @@ class Observer:
             found = arrays.get(name)
             if found is None or not self._fits(name, expected, found):
                 raise DataError(f"the saved observers are of another form: {name}")
-            setattr(self, name, found.item() if found.ndim == 0 else found)
+            setattr(self, name, found.item() if found.ndim == 0 else np.array(found, order="C"))
 
     def _fits(self, name: str, expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> bool:
         return found.shape == expected.shape and found.dtype == expected.dtype
 
     def merge(self, other: Self) -> None:
         """Take in what another observer of the same kind and size has seen."""
+        self._settle()
+        other._settle()
         for name in self._state:
             value = getattr(self, name)
             if isinstance(value, Observer):
@@ -137,14 +150,15 @@ class ExactSum(Observer):
         self.count = 0
 
     def add(self, values: Rows) -> None:
-        """Add one number a channel, each rounded to float32."""
+        """Add numbers of shape (numbers, n), each rounded to float32."""
         mantissa, exponent = np.frexp(values.astype(np.float32).astype(np.float64))
         position = exponent.astype(np.int64) - 24 - self._LOWEST
-        limb, channel = position >> 5, np.arange(len(values))
-        shifted = (mantissa * 2.0**24).astype(np.int64) << (position & 31)
-        self._limbs[limb, channel] += shifted & 0xFFFFFFFF
-        self._limbs[limb + 1, channel] += shifted >> 32
-        self.count += 1
+        shifted = ((mantissa * 2.0**24).astype(np.int64) << (position & 31)).reshape(-1)
+        n = values.shape[1]
+        places = ((position >> 5) * n + np.arange(n)).reshape(-1)
+        np.add.at(self._limbs.reshape(-1), places, shifted & 0xFFFFFFFF)
+        np.add.at(self._limbs.reshape(-1), places + n, shifted >> 32)
+        self.count += len(values)
 
     def mean(self) -> Floats:
         """Return the mean of the numbers in each channel, correctly rounded."""
@@ -169,33 +183,43 @@ class RowSample(Observer):
         self._capacity = capacity
         self._ids: npt.NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
         self._rows: Rows = np.zeros((0, n), dtype=np.float32)
+        self._waiting: list[tuple[Rows, npt.NDArray[np.uint64]]] = []
 
     def update(self, rows: Rows, ids: npt.NDArray[np.uint64]) -> None:
         """Take in an array of shape (rows, n), whose rows have the numbers `ids`; see `row_ids`."""
         if len(self._ids) == self._capacity:
             chosen = _hash(ids) < _hash(self._ids).max()
             rows, ids = rows[chosen], ids[chosen]
-        self._take(rows, ids)
+        count = len(ids) + sum(len(waiting) for _, waiting in self._waiting)
+        full = count >= self._capacity or len(self._waiting) == MOST_WAITING
+        self._waiting.append((rows if full else rows.copy(), ids))  # the caller may change its own
+        if full:
+            self._settle()
 
     def merge(self, other: Self) -> None:
         """Take in what another sample of the same capacity has seen."""
-        self._take(other._rows, other._ids)
+        self._waiting.append((other.rows(), other.ids))
+        self._settle()
 
     @property
     def ids(self) -> npt.NDArray[np.uint64]:
         """The numbers of the rows kept, ascending."""
+        self._settle()
         return self._ids
 
     def rows(self) -> Rows:
         """Return the rows kept, in the order of their numbers, as an array of shape (rows, n)."""
+        self._settle()
         return self._rows
 
-    def _take(self, rows: Rows, ids: npt.NDArray[np.uint64]) -> None:
-        ids = np.concatenate([self._ids, ids])
-        rows = np.concatenate([self._rows, rows])
+    def _settle(self) -> None:
+        if not self._waiting:
+            return
+        waiting, self._waiting = [(self._rows, self._ids), *self._waiting], []
+        rows, ids = (np.concatenate(parts) for parts in zip(*waiting, strict=True))
         kept = np.argsort(_hash(ids))[: self._capacity]
         kept = kept[np.argsort(ids[kept])]
-        self._ids, self._rows = ids[kept], rows[kept]
+        self._rows, self._ids = rows[kept], ids[kept]
 
     def _fits(self, name: str, expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> bool:
         return (

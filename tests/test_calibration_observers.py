@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 import fxp_layernorm as fxp
 from fxp_layernorm import DataError
+from fxp_layernorm.calibration import norms, observers
 from fxp_layernorm.calibration.histograms import Histogram
 from fxp_layernorm.calibration.norms import NormObserver, TensorObserver
 from fxp_layernorm.calibration.observers import ExactSum, MinMaxObserver, Observer, RowSample, row_ids
@@ -82,7 +85,7 @@ def test_histogram_counts_each_value_where_it_belongs(rows: npt.NDArray[Any], ha
 def test_sums_are_exact(numbers: list[list[float]]) -> None:
     total = ExactSum(2)
     for pair in numbers:
-        total.add(np.array(pair, dtype=np.float32))
+        total.add(np.array([pair], dtype=np.float32))
     for channel in range(2):
         exact = sum(map(Fraction, (pair[channel] for pair in numbers)), Fraction(0)) / len(numbers)
         assert total.mean()[channel] == float(exact)
@@ -172,6 +175,43 @@ def test_rows_that_are_not_finite_are_left_out_and_counted() -> None:
     assert observer.sample.rows().shape == (1, N)
 
 
+def waited_for(feeds: list[npt.NDArray[Any]]) -> tuple[NormObserver, NormObserver]:
+    """Return observers of the same feeds: one whose state was never read, and one whose was read after each feed."""
+    waiting, settled = NormObserver(layer()), NormObserver(layer())
+    for index, feed in enumerate(feeds):
+        given = feed.copy()
+        waiting.update(given, given * 2, feed=index)
+        given[:] = 7  # what the caller does to its array afterwards is no concern of the observer
+        settled.update(feed, feed * 2, feed=index)
+        settled.arrays()
+    return waiting, settled
+
+
+@pytest.mark.parametrize("rows", [[3, 1, 2], [1] * 6, [10, 4, 2, 1], [30, 1]])
+def test_feeds_that_wait_to_be_taken_in_are_part_of_the_state(rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait, in values or in feeds, and whatever reads the state: results are as if none did."""
+    for module in (norms, observers):
+        monkeypatch.setattr(module, "MOST_WAITING", 4)
+    monkeypatch.setattr(norms, "WAITING_VALUES", 16 * N)
+    monkeypatch.setattr(norms, "SAMPLED_ELEMENTS", 0)  # samples of 64 rows
+    rng = np.random.default_rng(1)
+    feeds = [(rng.normal(size=(count, N)) * 2.0 ** rng.integers(-9, 9)).astype(np.float32) for count in rows * 4]
+    readers: list[Callable[[NormObserver], Iterable[Any]]] = [
+        lambda observer: observer.output.mean_range(),
+        lambda observer: observer.output.percentile_range(90, by_channel=True),
+        lambda observer: observer.output.percentile_range(90, by_channel=False),
+        lambda observer: [observer.sample.rows()],
+        lambda observer: [observer.sample.ids],
+        lambda observer: pickle.loads(pickle.dumps(observer)).arrays().values(),
+        lambda observer: observer.arrays().values(),
+    ]
+    for count in (2, 5, len(feeds)):
+        for read in readers:
+            waiting, settled = waited_for(feeds[:count])
+            for found, expected in zip(read(waiting), read(settled), strict=True):
+                np.testing.assert_array_equal(found, expected)
+
+
 def test_saved_state_is_the_whole_state() -> None:
     rng = np.random.default_rng(0)
     feeds = [rng.normal(size=(5, N)).astype(np.float32) for _ in range(3)]
@@ -179,8 +219,8 @@ def test_saved_state_is_the_whole_state() -> None:
     restored.restore(saved.arrays())
     same(restored, saved)
     for observer in (saved, restored):
-        observer.update(feeds[2], feeds[2], feed=2)
-    same(restored, saved)
+        observer.update(feeds[2], feeds[2] * np.float32(0.25), feed=2)
+        same(observer, observed(feeds, [0, 1, 2]))
 
 
 @pytest.mark.parametrize("change", ["missing", "shape", "dtype", "sample"])
