@@ -13,10 +13,14 @@ from onnx.reference import ReferenceEvaluator
 
 from ..errors import ModelError
 from .constants import constant, is_constant, quantizes
+from .operators import GroupNormalization, MeanVarianceNormalization
 
 Array = npt.NDArray[Any]
 #: The operators that take nothing but the shape of their input.
 MEASURES = {"Shape", "Size"}
+#: The operators that sum or average with weights of their own, if with any.
+AVERAGES = {"AveragePool", "GlobalAveragePool", "Mean", "Einsum", "MatMul", "Gemm", "Conv"}
+_WEIGHTED = {"MatMul", "Gemm", "Conv"}
 
 
 class Evaluator:
@@ -66,12 +70,29 @@ class Evaluator:
         return Evaluator(body, self._known, self._opset, self, through=self._through)
 
     def runs(self, node: ir.Node) -> bool:
-        """Tell whether a node is one of those that may be run; a BatchNormalization in training is none."""
+        """Tell whether a node is one of those that may be run.
+
+        A BatchNormalization in training is none, nor is a GroupNormalization of several, or what weighs differently.
+        """
+        if node.op_type == "GroupNormalization" and node.attributes.get_int("num_groups", 0) != 1:
+            return False
+        if node.op_type in _WEIGHTED and not self._is_uniform(node):
+            return False
         if node.op_type == "BatchNormalization" and (
             len(node.outputs) > 1 or node.attributes.get_int("training_mode", 0) != 0
         ):
             return False
         return (node.op_type in self._known and node.domain in ("", "ai.onnx")) or (self._through and quantizes(node))
+
+    def _is_uniform(self, node: ir.Node) -> bool:
+        """Tell whether a node multiplies by one and the same number throughout; others are not read as a whole."""
+        weights = [value for value in node.inputs if value in self.constants]
+        for value in weights:
+            tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+            array = np.ravel(tensor.numpy()) if tensor is not None else np.empty(0)
+            if not array.size or array[0] != array[-1] or np.any(array != array[0]):
+                return False
+        return bool(weights)
 
     def constant(self, value: ir.Value) -> Array:
         """Return a constant's value.
@@ -172,7 +193,8 @@ def _operator(node: ir.Node, opset: int, *, widened: bool = True) -> ReferenceEv
         ):
             attribute.i = onnx.TensorProto.DOUBLE
     graph = onnx.helper.make_graph([proto], "node", _untyped(inputs), _untyped(outputs))
-    return ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)]))
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    return ReferenceEvaluator(model, new_ops=[GroupNormalization, MeanVarianceNormalization])
 
 
 def _untyped(names: list[str]) -> list[onnx.ValueInfoProto]:

@@ -43,6 +43,8 @@ class Spelled(nn.Module):  # type: ignore[misc, name-defined]
         if self.spelling == "moments":
             square = (x * x).mean(-1, keepdim=True) - mean * mean
             return a * (x - mean) / torch.sqrt(square.clamp(min=0) + 1e-6) + b
+        if self.spelling == "normalize":  # that of x-transformers, audio separation and video models
+            return nn.functional.normalize(x, dim=-1) * N**0.5 * a
         if self.spelling == "channels first":  # ConvNeXt's
             square = (x - mean).pow(2).mean(1, keepdim=True)
             return a[:, None] * ((x - mean) / torch.sqrt(square + 1e-6)) + b[:, None]
@@ -50,20 +52,28 @@ class Spelled(nn.Module):  # type: ignore[misc, name-defined]
         return a * (x * root) if self.spelling == "Llama" else (x.float() * root) * (1 + a)
 
 
-SPELLINGS = ("deviation", "variance of n - 1", "variance", "moments", "channels first", "Llama", "Gemma")
+class Normalized(nn.Module):  # type: ignore[misc, name-defined]
+    """What attention by cosines has: no norm, as it has no gains."""
+
+    def forward(self, x: Any) -> Any:
+        return nn.functional.normalize(x, dim=-1) * 10
+
+
+SPELLINGS = ("deviation", "variance of n - 1", "variance", "moments", "channels first", "Llama", "Gemma", "normalize")
 MODULES: dict[str, Callable[[], Any]] = {
     "LayerNorm": lambda: nn.LayerNorm(N),
     "two dimensions": lambda: nn.LayerNorm((5, N)),
     "no affine": lambda: nn.LayerNorm(N, elementwise_affine=False),
     "no bias": lambda: nn.LayerNorm(N, bias=False),
     "RMSNorm": lambda: nn.RMSNorm(N),
+    "one group": lambda: nn.GroupNorm(1, 5),
     "encoder": lambda: nn.TransformerEncoderLayer(N, 2, 32, batch_first=True),
     **{name: partial(Spelled, name) for name in SPELLINGS},
 }
 #: What only resembles a norm.
 OTHERS: dict[str, Callable[[], Any]] = {
     "batch": lambda: nn.BatchNorm1d(5), "instance": lambda: nn.InstanceNorm1d(5, affine=True),
-    "group": lambda: nn.GroupNorm(1, 5),
+    "groups": lambda: nn.GroupNorm(5, 5), "normalize": lambda: Normalized(),
 }  # fmt: skip
 
 
@@ -72,7 +82,7 @@ WRITTEN = [
     *((name, "trace", 13) for name in MODULES if name not in ("RMSNorm", "encoder")),
     *((name, "trace", 17) for name in ("LayerNorm", "two dimensions", "no affine", "no bias", "encoder")),
     ("LayerNorm", "dynamo", 18), ("RMSNorm", "dynamo", 23), ("encoder", "dynamo", 23), ("deviation", "dynamo", 18),
-    ("moments", "dynamo", 18),
+    ("moments", "dynamo", 18), ("one group", "dynamo", 23), ("normalize", "dynamo", 18),
 ]  # fmt: skip
 
 
@@ -128,7 +138,7 @@ def test_norms_of_torch(name: str, exporter: str, opset: int) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("name", "exporter", "opset"), [*((name, "trace", 17) for name in OTHERS), ("group", "dynamo", 23)]
+    ("name", "exporter", "opset"), [*((name, "trace", 17) for name in OTHERS), ("groups", "dynamo", 23)]
 )
 def test_what_torch_has_besides(name: str, exporter: str, opset: int) -> None:
     assert export.find_norms(export.load_model(exported(OTHERS[name](), exporter, opset))) == []
