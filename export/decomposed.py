@@ -1,10 +1,10 @@
 """Norms that a model spells out in elementary operators, found by what they compute.
 
 Every norm has a root. From a root's argument, `_Finder` walks back to the tensors that alone decide it, and asks of
-each x whether the argument is var(x) + eps or mean(x**2) + eps over some axes; then it walks forward from x, and asks
-of each value whether it is the norm of x with one gain and offset a channel. Both questions are put to ONNX's reference
-operators, on random tensors of several shapes, scales and means. Constants and casts are widened to float64 for that,
-so that a norm fits to the rounding of its constants, and what only resembles one does not.
+each x whether the argument is var(x) + eps or mean(x**2) + eps over some axes, or a multiple; then it walks forward
+from x, and asks of each value whether it is the norm of x with one gain and offset a channel. Both questions are put to
+ONNX's reference operators, on random tensors of several shapes, scales and means (`fitting`). Constants and casts are
+widened to float64 for that, so that a norm fits to the rounding of its constants, and what only resembles one does not.
 """
 
 from __future__ import annotations
