@@ -116,9 +116,25 @@ def check_apart(written: Iterable[Path], read: Iterable[str | Path | None]) -> N
 
 def parameters(model: Path, params: Path | None, word: str) -> ModelParams:
     """Return the parameters in a file, or without one those that a quantized model holds itself, planned for a word."""
+    return quantized(model, word).params if params is None else saved_parameters(model, params)[0]
+
+
+def saved_parameters(model: Path, path: Path) -> tuple[ModelParams, list[str]]:
+    """Return the parameters in a file, and warn where they are those of another model than this one."""
+    from ..calibration.record import model_sha256
+    from ..export import load_model
     from ..params import ModelParams
 
-    return quantized(model, word).params if params is None else ModelParams.load(params)
+    params = ModelParams.load(path)
+    if model_sha256(model, load_model(model)) == params.model_sha256:
+        return params, []
+    warning = (
+        f"{path} was made with another model than {model}, as its model_sha256 tells. Where all norms have the same "
+        "weights here, its scales still are those of the other model's activations: calibrate again, unless what comes "
+        "before the norms computes the same"
+    )
+    click.echo(f"Warning: {warning}", err=True)
+    return params, [warning]
 
 
 def quantized(model: Path, word: str) -> QuantizedNorms:

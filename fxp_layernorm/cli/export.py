@@ -54,13 +54,13 @@ def export(
     import onnx_ir as ir
 
     from ..export import export_model
-    from ..params import ModelParams
 
     output = common.Output(as_json)
     common.check_apart([out, out.with_name(f"{out.name}.data")], [model, params])
     reasons: dict[str, str] = {}
+    warnings: list[str] = []
     if params is not None:
-        loaded = ModelParams.load(params)
+        loaded, warnings = common.saved_parameters(model, params)
     else:
         quantized = common.quantized(model, word)
         loaded, reasons = quantized.params, quantized.skipped
@@ -78,7 +78,8 @@ def export(
         common.table("Norms", ("norm", "is"), [*((name, "replaced") for name in replaced), *_left(left)]),
     ]
     output.result(
-        document | {"norms": replaced, "left": [{"name": name, "reason": left[name]} for name in left]},
+        document
+        | {"norms": replaced, "left": [{"name": name, "reason": left[name]} for name in left], "warnings": warnings},
         *tables,
     )
     floats = f", {len(left)} stay float" if left else ""
