@@ -23,19 +23,20 @@ from ..proof import NormKind
 from ..spec import LayerNormSpec
 from .graph import Operand, Writer
 
-INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
+INT32, INT64, FLOAT = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
 UINT32, UINT64 = ir.DataType.UINT32, ir.DataType.UINT64
 
 #: How many powers of 4 a number of 62 bits may reach.
 _FOURS = 31
-#: 4**k by k + _FOURS, 1 where k is negative.
-_SHIFTS = np.array([4 ** max(k, 0) for k in range(-_FOURS, _FOURS + 1)], dtype=np.int64)
 #: Upper bounds of a square root by its argument's top 10 bits, with 11 fraction bits.
 _ROOT_SEEDS = np.array([int(np.ceil(np.sqrt(k + 1) * 2**11)) for k in range(1024)], dtype=np.int64)
 #: The longest root for which one step of Heron's method is enough.
 _ONE_STEP = 18
 #: Added to a mean before its division by n, to keep the dividend positive; beyond any code.
 _MEAN_BIAS = 1 << 32
+#: Where all u are up to 2**16 and n is below 2**15, S*R/n is below 2**47 in lanes of up to 32 bits, and n*2**48 fits.
+_WHOLE_MEAN, _LONGEST = 1 << 16, 1 << 15
+_PRODUCT_BITS = 47
 #: Channels whose exponents agree in all but their last two bits are summed together, so that sums fit 32 bits.
 _GROUP = 4
 
@@ -59,6 +60,10 @@ class Layout:
         How many weighted sums of the squares of q - z there are, 0 where one sum is enough without weights.
     steps : int
         Steps of Heron's method.
+    short_mean : bool
+        Whether int64 holds S*R.
+    requantized : bool
+        Whether the output codes are those of a QuantizeLinear by a power of two; elements are then int32.
     """
 
     kind: NormKind
@@ -68,10 +73,12 @@ class Layout:
     squares: ir.DataType
     groups: int
     steps: int
+    short_mean: bool
+    requantized: bool
 
     @classmethod
-    def of(cls, spec: LayerNormSpec) -> Layout:
-        """Return the layout of a spec; raises ModelError if the word doesn't hold it."""
+    def of(cls, spec: LayerNormSpec, output: ir.DataType) -> Layout:
+        """Return the layout of a spec and the type of its result; raises ModelError if the word doesn't hold it."""
         if spec.m < 16:
             raise ModelError(f"the word int64 needs a root of at least 16 bits; the spec has m = {spec.m}")
         exponents, zeros = np.array(spec.input.channel_exponents(spec.n)), _zeros(spec)
@@ -81,18 +88,39 @@ class Layout:
         ):  # the codes' bounds may be narrower than their type's
             largest = min(largest, spec.row_stage.codes.largest)
         narrow = spec.lane < 64 and largest < 1 << 16 and (spec.n * largest) << int(exponents.max()) < 1 << 31
-        whole = narrow and int((4**exponents).sum()) * largest**2 < 1 << 32
+        squares = int((4**exponents).sum()) * largest**2
+        whole = narrow and squares < 1 << 32
         grouped = narrow and not whole and spec.n * largest**2 << 2 * (_GROUP - 1) < 1 << 32
         groups = int(exponents.max()) // _GROUP + 1 if grouped else int(narrow and not whole and exponents.any())
+        u_max = largest << int(exponents.max())
+        requantized = narrow and squares < 1 << 31 and _is_requantized(spec, output, u_max)
+        words = INT32 if requantized else UINT32
         return cls(
             kind=spec.kind,
-            lane=UINT64 if spec.lane == 64 else UINT32,
-            sums=UINT64 if spec.lane == 64 or spec.accumulator > 32 else UINT32,
-            codes=UINT32 if narrow else UINT64,
-            squares=UINT32 if whole or grouped else UINT64,
+            lane=UINT64 if spec.lane == 64 else words,
+            sums=UINT64 if spec.lane == 64 or spec.accumulator > 32 else words,
+            codes=words if narrow else UINT64,
+            squares=words if whole or grouped else UINT64,
             groups=groups,
             steps=1 if spec.m <= _ONE_STEP else 2,
+            short_mean=spec.lane < 64 and u_max <= _WHOLE_MEAN and spec.n < _LONGEST,
+            requantized=requantized,
         )
+
+
+def _is_requantized(spec: LayerNormSpec, output: ir.DataType, u_max: int) -> bool:
+    """Return whether a QuantizeLinear gives the codes exactly, and no int32 before it wraps.
+
+    It takes 2*a + 1, which has no ties, in float32: exact up to 2**24, which is past the ends of the codes; beyond it
+    rounding keeps the order of numbers, and all are clamped.
+    """
+    lo, hi, t_most = spec.output.lo, spec.output.hi, 2 * spec.row_stage.t_max(spec.s1) + 1
+    limits = np.iinfo(output.numpy())
+    if output.itemsize > 1 or (lo, hi) != (limits.min, limits.max) or max(hi + 1, -lo) << spec.s2 + 1 > 1 << 24:
+        return False
+    p_most = u_max * int(spec.row_stage.r_max) + (t_most << spec.s1)
+    a_most = 2 * max(t_most * abs(G) + abs(B) + 1 for G, B in zip(spec.G, spec.B, strict=True))
+    return max(p_most, a_most) < 1 << 31
 
 
 def _zeros(spec: LayerNormSpec) -> npt.NDArray[np.int64]:
@@ -130,7 +158,7 @@ class Body:
 
     def __init__(self, spec: LayerNormSpec, writer: Writer, output: ir.DataType, opset: int) -> None:
         self.spec, self.writer, self.output, self._opset = spec, writer, output, opset
-        self.layout = Layout.of(spec)
+        self.layout = Layout.of(spec, output)
         if spec.lane == 64:
             writer.attributes["cut"] = proof.reciprocal_bits(spec.n)
         #: How many powers of 4 V reaches, at least and at most.
@@ -185,26 +213,45 @@ class Body:
         self.stages |= {"u": u, "Q": Q} if S is Q else {"u": u, "S": S, "Q": Q}
         R, mean = self._row_stage(S, Q, channels)
         u = u if lane == self.layout.codes else w.cast(u, lane)
-        # (6) and (7): p, with half of 2^s1 and made positive, from two numbers that may wrap
-        highest = w.constant(8 * lane.itemsize - 1)
-        offset = op("Add", self._half("s1", lane), w.power(highest, lane))
+        # (6) and (7): p, with half of 2^s1 and made positive, from two numbers that may wrap where they are unsigned
+        if self.layout.requantized:
+            w.attributes["t_bias"] = self.spec.row_stage.t_max(self.spec.s1) + 1
+            t_bias = w.attribute("t_bias", lane)
+        else:
+            t_bias = w.power(op("Sub", w.constant(8 * lane.itemsize - 1), w.attribute("s1")), lane)
+        offset = op("Add", self._half("s1", lane), op("Mul", t_bias, w.power(w.attribute("s1"), lane)))
         if mean is not None:
             offset = op("Sub", offset, mean)
-        t = op("BitShift", op("Add", op("Mul", u, R), offset), w.attribute("s1", lane), direction="RIGHT")
+        t = self._shifted(op("Add", op("Mul", u, R), offset), "s1")
         self.stages["t"] = t
-        t_above = op("Sub", highest, w.attribute("s1"))
-        return self._output(t, t_above, channels)
+        return self._requantized(t, t_bias, channels) if self.layout.requantized else self._output(t, t_bias, channels)
 
-    def _output(self, t: Operand, t_above: Operand, channels: Mapping[str, Operand]) -> Operand:
-        """(8) and (9), of a t that is 2**t_above too large."""
+    def _shifted(self, value: Operand, shift: str) -> Operand:
+        """Return the floor of what is not negative over 2**shift."""
+        w = self.writer
+        if self.layout.requantized:
+            return w.op("Div", value, w.power(w.attribute(shift), INT32))
+        return w.op("BitShift", value, w.attribute(shift, self.layout.lane), direction="RIGHT")
+
+    def _requantized(self, t: Operand, t_bias: Operand, channels: Mapping[str, Operand]) -> Operand:
+        """(8) and (9) by QuantizeLinear, of a t that is t_bias too large."""
+        w, op = self.writer, self.writer.op
+        G, B = (op("Add", channels[name], channels[name]) for name in "GB")
+        constant = op("Sub", op("Add", B, w.constant(1, INT32)), op("Mul", t_bias, G))
+        a = w.cast(op("Add", op("Mul", t, G), constant), FLOAT)
+        scale = w.scalar(w.cast(w.power(op("Add", w.attribute("s2"), w.constant(1))), FLOAT))
+        return op("QuantizeLinear", a, scale, np.zeros((), dtype=self.output.numpy()))
+
+    def _output(self, t: Operand, t_bias: Operand, channels: Mapping[str, Operand]) -> Operand:
+        """(8) and (9), of a t that is t_bias too large."""
         w, op, sums = self.writer, self.writer.op, self.layout.sums
-        t = t if sums == self.layout.lane else w.cast(t, sums)
+        t, t_bias = (value if sums == self.layout.lane else w.cast(value, sums) for value in (t, t_bias))
         # a is made positive in its turn, and then y is too large by 2**above
         highest = 8 * int(sums.itemsize) - 1
         above = op("Min", w.constant(31), op("Sub", w.constant(highest), w.attribute("s2")))
         G, B = (w.cast(channels[name], sums) for name in "GB")
         constant = op("Add", self._half("s2", sums), w.power(op("Add", above, w.attribute("s2")), sums))
-        constant = op("Sub", constant, op("Mul", w.power(t_above, sums), G))
+        constant = op("Sub", constant, op("Mul", t_bias, G))
         a = op("Add", op("Mul", t, G), op("Add", B, constant))
         y = op("BitShift", a, w.attribute("s2", sums), direction="RIGHT")
         y = y if sums == UINT32 else w.cast(y, UINT32)
@@ -266,19 +313,25 @@ class Body:
             V0 = op("Sub", V0, op("Mul", S, S))
         V = op("Add", op("Mul", V0, w.power(op("Add", w.attribute("h"), w.attribute("h")))), w.attribute("E"))
         r, R = self.reciprocal_root(V, tables)
-        R = op("Mul", R, w.cast(op("Greater", V0, w.constant(0)), INT64))
+        R = op("Where", w.cast(V0, ir.DataType.BOOL), R, w.constant(0))
         self.stages |= {"V": V, "r": r, "R": R}
         if not centred:
             return w.cast(R, lane), None
+        half = op("Div", n, w.constant(2))
+        if self.layout.short_mean:
+            # (5) for c = 0, with a multiple of 2^lane that keeps the dividend positive
+            dividend = op("Add", op("Mul", S, R), op("Add", op("Mul", n, w.constant(1 << _PRODUCT_BITS)), half))
+            D = self.stages["D"] = op("Div", dividend, n)
+            return w.cast(R, lane), w.cast(D, lane)
         # (5) with d in [0, n): c*R + D is the same for every c
         bias = w.constant(_MEAN_BIAS)
         dividend = op("Add", S, op("Mul", n, bias))
         above = op("Div", dividend, n)
         d = op("Sub", dividend, op("Mul", above, n))
-        D = op("Div", op("Add", op("Mul", d, R), op("Div", n, w.constant(2))), n)
+        D = op("Div", op("Add", op("Mul", d, R), half), n)
         c = op("Sub", above, bias)
         self.stages |= {"c": c, "D": D}
-        if lane == UINT32:  # c*R fits 63 bits
+        if lane != UINT64:  # c*R fits 63 bits
             return w.cast(R, lane), w.cast(op("Add", op("Mul", c, R), D), lane)
         R, c, D = (w.cast(value, lane) for value in (R, c, D))
         return R, op("Add", op("Mul", c, R), D)
@@ -291,7 +344,7 @@ class Body:
         reached = w.cast(op("GreaterOrEqual", V, 4 ** np.arange(first, last)[None]), INT64)
         index = op("MatMul", reached, np.ones((last - first, 1), dtype=np.int64))
         j = op("Sub", w.attribute("m"), np.arange(first, last + 1))
-        r = self._root(V, index, j)
+        r = self._root(V, index)
         if self.spec.A:
             r = op("Add", op("Div", r, self._look_up(tables["r_divisor"], index)), self._look_up(tables["A"], index))
             # a root of m+1 bits is halved, and the second half of the tables has the exponents that go with it
@@ -310,19 +363,20 @@ class Body:
             R = op("Mul", R, self._look_up(y, index))
         return r, R
 
-    def _root(self, V: Operand, half_bits: Operand, j: Operand) -> Operand:
+    def _root(self, V: Operand, half_bits: Operand) -> Operand:
         """The integer square root of V shifted into 2m bits: an upper bound, Heron's method, a correction.
 
         The seed is at most 2**-9 too large, in proportion; the steps leave 2**-19 and 2**-39, less than one unit of
         18 and 31 bits; and from an upper bound, Heron's method on integers never falls below the root.
         """
         w, op, two, m = self.writer, self.writer.op, self.writer.constant(2), self.writer.attribute("m")
-        left = op("Gather", _SHIFTS, op("Add", j, w.constant(_FOURS)))
-        right = op("Gather", _SHIFTS, op("Sub", w.constant(_FOURS), j))
-        shifted = V
-        for name, factors in (("Mul", left), ("Div", right)):
-            if isinstance(factors, ir.Value) or (factors > 1).any():
-                shifted = op(name, shifted, self._look_up(factors, half_bits))
+        # to the left until the lowest of these powers is the highest, which no int64 loses, and back by a constant
+        first, last = self.fours
+        highest = max(last, self.spec.m)
+        shifted = op("Mul", V, self._look_up(4 ** (highest - np.arange(first, last + 1)), half_bits))
+        back = w.power(op("Mul", op("Sub", w.constant(highest), m), two))
+        if isinstance(back, ir.Value) or back > 1:
+            shifted = op("Div", shifted, back)
         top = op("Div", shifted, w.power(op("Sub", op("Mul", m, two), w.constant(10))))
         r = self._look_up(op("Mul", _ROOT_SEEDS, w.power(op("Sub", m, w.constant(16)))), top)
         for _ in range(self.layout.steps):

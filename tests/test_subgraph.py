@@ -11,9 +11,10 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import helper
 from onnx_ir.tape import Tape
 from onnx_models import run_onnxruntime, run_reference
-from rows import DTYPES, adversarial, exponents_of, layer_of, noise, params_of
+from rows import DTYPES, adversarial, exponents_of, layer_of, noise, params_of, typical
 
 import fxp_layernorm as fxp
 from fxp_layernorm import DType, ModelError, NormKind, reference
@@ -64,6 +65,65 @@ def test_graph_gives_the_reference_codes(
     (y,) = run(to_onnx(spec, form=form), {"q": q})
     assert y.dtype == spec.output.dtype.numpy
     np.testing.assert_array_equal(y, reference.run(spec, q))
+
+
+#: kind, n, input, output, hardware: specs whose codes a QuantizeLinear gives
+REQUANTIZED = pytest.mark.parametrize(
+    ("kind", "n", "input", "output", "hardware"),
+    [
+        (NormKind.LAYERNORM, 5, "uint8", "int8", "carried24"),
+        (NormKind.LAYERNORM, 64, "int8", "uint8", "carried24"),
+        (NormKind.LAYERNORM, 768, "int8", "int8", "carried24"),
+        (NormKind.LAYERNORM, 1500, "int8", "int8", fxp.Hardware(lanes=(24,), unclamped=23)),
+        (NormKind.RMSNORM, 96, "int8", "uint8", "carried24"),
+    ],
+)
+
+
+@REQUANTIZED
+@CONSUMERS
+@FORMS
+def test_requantized_codes_are_the_reference_codes(
+    run: Run, form: str, kind: NormKind, n: int, input: str, output: str, hardware: fxp.Hardware | str
+) -> None:
+    spec = fxp.plan(layer_of(kind, n), params_of(input), params_of(output), hardware=hardware)
+    q = np.concatenate([adversarial(spec.input, n), noise(spec.input, n, 4), typical(spec.input, n, 50)])
+    model = to_onnx(spec, form=form)
+    nodes = model.functions[0].node if form == "function" else model.graph.node
+    assert nodes[-1].op_type == "QuantizeLinear"
+    (y,) = run(model, {"q": q})
+    assert y.dtype == spec.output.dtype.numpy
+    np.testing.assert_array_equal(y, reference.run(spec, q))
+    # narrower ends of the codes, or codes carried in another type, have no QuantizeLinear
+    narrow = dataclasses.replace(spec.output, narrow_range=True) if spec.output.dtype.signed else None
+    assert narrow is None or "QuantizeLinear" not in operators(dataclasses.replace(spec, output=narrow))
+    assert "QuantizeLinear" not in operators(spec, io="int32")
+
+
+def operators(spec: fxp.LayerNormSpec, **options: Any) -> set[str]:
+    return {node.op_type for node in to_onnx(spec, form="inline", **options).graph.node}
+
+
+@REQUANTIZED
+def test_no_int32_wraps_where_compilers_have_no_rule_for_it(
+    kind: NormKind, n: int, input: str, output: str, hardware: fxp.Hardware | str
+) -> None:
+    spec = fxp.plan(layer_of(kind, n), params_of(input), params_of(output), hardware=hardware)
+    model = to_onnx(spec)
+    q = np.concatenate([adversarial(spec.input, n), noise(spec.input, n, 4)])
+    names = [node.output[0] for node in model.graph.node]
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    values = dict(zip(names, run_reference(model, {"q": q}), strict=True))
+    exact = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "MatMul": np.matmul}
+    checked = 0
+    for node in model.graph.node:
+        value = values[node.output[0]]
+        if value.dtype == np.int32 and node.op_type in exact:
+            operands = [values[name].astype(np.int64) for name in node.input]
+            np.testing.assert_array_equal(value, exact[node.op_type](*operands))
+            checked += 1
+    assert checked >= 6
 
 
 @FORMS

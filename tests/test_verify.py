@@ -145,7 +145,7 @@ CARRIERS: dict[str, tuple[str, Callable[[Array], Array], str]] = {
     "brain floats": ("Q", lambda v: v.astype(ml_dtypes.bfloat16), "rounded to bfloat16"),
     "rounding": ("R", lambda v: v - 1, "All are off by one"),
     "anything": ("V", lambda v: v * 3, "floats carry integers to 2^24 only. Words with narrower"),
-    "anything small": ("D", lambda v: v * 0 + 7, "should be"),
+    "anything small": ("r", lambda v: v * 0 + 7, "should be"),
     "unsigned integers": ("u", lambda v: v.astype(np.int64) * 0 + 2**32 - 7, "the first is -7 and"),
     "a division by zero": ("t", lambda v: v / 0.0, "not finite"),
 }  # fmt: skip
