@@ -32,7 +32,7 @@ def cost_tables() -> list[str]:
         ("float24, int8, two products", "float24", fine_narrow), ("int24, int8, two products", "int24", fine_narrow),
         ("float24, int8, exponents to 7", "float24", wide_narrow),
         ("int24, int8, exponents to 7", "int24", wide_narrow),
-        ("int64, int8, lane 24", "int64", narrow),
+        ("int64, int8, carried24", "int64", narrow),
         ("int64, int8, lane 32", "int64", fxp.plan(layer, side, side, lane=32)),
         ("int64, int8, exponents to 7, lane 32", "int64", fxp.plan(layer, exponents, side, lane=32)),
         ("int64, int16, lane 64", "int64", fxp.plan(layer, fine, fine, lane=64)),
