@@ -47,13 +47,18 @@ def test_import_loads_only_what_it_needs(absent: str) -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_the_package_runs_as_a_module() -> None:
+    run = subprocess.run([sys.executable, "-m", "fxp_layernorm", "--version"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, f"fxp-layernorm, version {fxp.__version__}\n")
+
+
 def test_dependencies_point_one_way() -> None:
     """Layers from the bottom to the top; a module may import only from those below, or beside it in its own folder."""
     layers = [
         ("errors", "_version", "team", "docstrings"), ("files", "axes"), ("layer", "quantization"), ("proof",),
         ("adder",), ("spec", "hardware"), ("planner", "reference", "kernels", "arguments", "params", "exposure"),
         ("threads",), ("inference", "runtime"), ("export",), ("calibration",), ("analysis",), ("demo", "benchmark"),
-        ("cli",),
+        ("cli",), ("__main__",),
     ]  # fmt: skip
     rank = {name: index for index, names in enumerate(layers) for name in names}
     for path in [
