@@ -258,7 +258,7 @@ class Body:
         ends = (op("Add", w.attribute(name), w.power(above)) for name in ("y_low", "y_high"))
         y = op("Clip", y, *(w.scalar(w.cast(end, UINT32)) for end in ends))
         if min(31, highest - self.spec.s2) < 8 * self.output.itemsize:
-            y = op("Sub", w.cast(y, INT32), w.power(above, INT32))
+            y = w.cast(op("Sub", y, w.power(above, UINT32)), INT32)
         # else 2**above is a multiple of what the type holds: the low bits are the code
         return w.cast(y, self.output)
 
