@@ -8,6 +8,7 @@ reciprocal compilers like to multiply by, that is done here, where it is exact.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,18 @@ class Number:
     def within(self, low: int, high: int) -> Number:
         """Return the same tensor with bounds that are proved otherwise."""
         return Number(self.value, low, high)
+
+
+@dataclass(frozen=True)
+class Limbs:
+    """A tensor of integers in parts: `low`, the lowest first, each with its bits below the next one, and what is above.
+
+    The parts need not be within their bits.
+    """
+
+    top: Number
+    low: tuple[Number, ...] = ()
+    bits: tuple[int, ...] = ()
 
 
 class Bounded:
@@ -143,10 +156,13 @@ class Bounded:
         value = op("Sub", dividend.value, op("Mul", quotient.value, divisor.value))
         return Number(value, 0, divisor.high - 1)
 
-    def divided(self, number: Number, factor: Number, offset: Number | None) -> tuple[Number, Number]:
+    def divided(
+        self, number: Number, factor: Number, offset: Number | None, low: Sequence[tuple[Number, int]] = ()
+    ) -> tuple[list[Number], Number]:
         """Return the floor of (number * factor + offset) / n and what it leaves, by long division where it is needed.
 
-        The number is not negative, and only in float32 the factor may be.
+        The number is not negative, and only in float32 the factor may be. It may have low parts, from the upper one to
+        the lowest, each with its bits: then the quotient has parts of the same bits, which may be negative or longer.
         """
         n, divisor = self.spec.n, self.param("n", self.spec.n)
         room = self._dividend_limit - (offset.high if offset is not None else 0)
@@ -158,20 +174,27 @@ class Bounded:
                 raise self.too_wide("a dividend of n")
             parts[:1] = self.split(parts[0], 1 << bits)
         total = rest = None
-        for after in reversed(range(len(parts))):
-            dividend = self.mul(factor, parts[-1 - after])
+        found = list[Number]()
+        for index, (part, width) in enumerate([*((part, bits) for part in parts), *low]):
+            dividend = self.mul(factor, part)
             if rest is not None:
-                dividend = self.add(self.mul(rest, self.constant(1 << bits)), dividend)
-            if not after and offset is not None:
+                dividend = self.add(self.mul(rest, self.constant(1 << width)), dividend)
+            after = len(parts) - 1 - index
+            if index == len(parts) + len(low) - 1 and offset is not None:
                 dividend = self.add(dividend, offset)
+            if max(-dividend.low, dividend.high) >= self._dividend_limit:
+                raise self.too_wide("a dividend of n")
             digits = self._over_n(dividend)
             rest = self.remainder(dividend, digits, divisor)
+            if after < 0:
+                found.append(digits)
+                continue
             total = digits if total is None else self.add(self.mul(total, self.constant(1 << bits)), digits)
             whole = number.high >> bits * after
             total = total.within(min(factor.low * whole // n - 1, 0), factor.high * whole // n + 1)
         assert total is not None
         assert rest is not None
-        return total, rest
+        return [total, *found], rest
 
     @property
     def _dividend_limit(self) -> int:

@@ -48,10 +48,14 @@ class Writer:
         The integers and floats that follow from the spec, by their names as attributes of the function.
     inline : bool
         Whether they are written out; else nodes refer to the function's attributes.
+    rank : int
+        Of a number as a constant: ONNX Runtime broadcasts shapes of lower rank more slowly, but what comes before rows
+        are made of tensors takes tensors of any rank.
     """
 
-    def __init__(self, tape: Tape, attributes: Mapping[str, int | float], *, inline: bool) -> None:
+    def __init__(self, tape: Tape, attributes: Mapping[str, int | float], *, inline: bool, rank: int = 2) -> None:
         self.tape = tape
+        self._ones = (1,) * rank
         self.inline = inline
         self.attributes = dict(attributes)
         self._written: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
@@ -81,14 +85,14 @@ class Writer:
         return self._written[key]
 
     def constant(self, value: float, dtype: ir.DataType = ir.DataType.INT64) -> Array:
-        """Return a number of shape (1, 1); ONNX Runtime broadcasts shapes of lower rank more slowly."""
-        return np.array([[value]], dtype=dtype.numpy())
+        """Return a number."""
+        return np.full(self._ones, value, dtype=dtype.numpy())
 
     def attribute(self, name: str, dtype: ir.DataType = ir.DataType.INT64) -> Operand:
-        """Return an attribute of the function as a tensor of shape (1, 1); integers wrap."""
+        """Return an attribute of the function as a tensor; integers wrap."""
         known = self.attributes[name]
         if self.inline:
-            return np.array([[known]]).astype(dtype.numpy())
+            return np.full(self._ones, known).astype(dtype.numpy())
         key = name, dtype
         if key not in self._references:
             kind = ir.AttributeType.FLOAT if isinstance(known, float) else ir.AttributeType.INT

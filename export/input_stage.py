@@ -18,6 +18,8 @@ from ..quantization import DType, QuantParams
 from ..spec import LayerNormSpec
 from .graph import constant
 
+Integers = npt.NDArray[np.int64]
+
 #: 2 to this power is beyond the distance of any code of 16 bits from its zero point.
 _BEYOND = 17
 
@@ -74,22 +76,31 @@ def behind(spec: LayerNormSpec) -> LayerNormSpec:
     return seen
 
 
-def _sum_codes(tape: Tape, spec: LayerNormSpec, u: ir.Value) -> ir.Value:
-    """Append equation (31): shift u to the right or to the left, in 32 bits, and clamp; the codes are int32."""
+def sum_shifts(spec: LayerNormSpec) -> tuple[Integers, Integers, Integers]:
+    """Return how far (31) shifts u to the right or to the left in each channel, and what limits u before the latter.
+
+    Shifts that are farther give the same codes: 0, or what is beyond 16 bits and a zero point.
+    """
     params, adder = spec.sum_output, spec.adder
     assert params is not None
     assert adder is not None
     assert adder.sum_shift is not None
-    op, unsigned, signed = tape.op, ir.DataType.UINT32, ir.DataType.INT32
-    low, high = code_ends(spec.n, spec.operands, adder)
+    low, high = spec.ends
     bits = max(int(high.max()).bit_length(), int(-1 - low.min()).bit_length())
     shifts = adder.sum_shift + np.array(params.channel_exponents(spec.n), dtype=np.int64)
-    # shifts beyond these give 0 as well, or are beyond the codes of 16 bits and a zero point as well
-    right, left = (np.clip(shifts, 0, bits + 1), np.clip(-shifts, 0, _BEYOND + 1))
+    right, left = np.clip(shifts, 0, bits + 1), np.clip(-shifts, 0, _BEYOND + 1)
+    return right, left, ((1 << _BEYOND) >> left) + 1
+
+
+def _sum_codes(tape: Tape, spec: LayerNormSpec, u: ir.Value) -> ir.Value:
+    """Append equation (31): shift u to the right or to the left, in 32 bits, and clamp; the codes are int32."""
+    params = spec.sum_output
+    assert params is not None
+    op, unsigned, signed = tape.op, ir.DataType.UINT32, ir.DataType.INT32
+    right, left, most = sum_shifts(spec)
     half = np.left_shift(1, right) >> 1
     value, zeros = u, params.channel_zeros(spec.n)
     if left.any():
-        most = ((1 << _BEYOND) >> left) + 1
         value = op("Max", [value, _channels(tape, -most, spec, signed)])
         value = op("Min", [value, _channels(tape, most, spec, signed)])
         value = op("Mul", [value, _channels(tape, np.left_shift(1, left), spec, signed)])

@@ -17,7 +17,9 @@ from ..spec import LayerNormSpec
 from .bounded import INT32, Bounded
 from .graph import Operand, Writer
 from .narrow_elements import elements
-from .narrow_rows import ROOT_BITS, Rows
+from .narrow_normalized import low_bits
+from .narrow_root import ROOT_BITS
+from .narrow_rows import Rows
 
 
 class Body:
@@ -42,8 +44,9 @@ class Body:
     def __init__(self, spec: LayerNormSpec, dtype: ir.DataType, writer: Writer, output: ir.DataType) -> None:
         self.spec, self.writer, self.output, self._dtype = spec, writer, output, dtype
         arithmetic = Bounded(spec, dtype, writer)
-        self.rows = Rows(arithmetic, columns=not arithmetic.floats and output != INT32)
-        self._elements = elements(arithmetic)
+        low = low_bits(arithmetic)
+        self.rows = Rows(arithmetic, columns=not arithmetic.floats and output != INT32, low=low)
+        self._elements = elements(arithmetic, low)
         #: The values of docs/arithmetic.md's letters, by these (see `int64.Body.stages`).
         self.stages = self.rows.stages
 
@@ -59,18 +62,18 @@ class Body:
 
     def write(self, q: Operand, channels: Mapping[str, Operand]) -> Operand:
         """Append the nodes from the rows' input codes to their output codes, and return the latter."""
-        t, y = self._elements.write(*self.rows.write(q, channels), channels)
+        t, y = self._elements.write(self.rows.write(q, channels), channels)
         self.stages["t"] = t
         return y if self.output == self._dtype else self.writer.cast(y, self.output)
 
 
 def check(spec: LayerNormSpec, word: str) -> None:
     """Raise ModelError where a spec is not of the kind that the words of 24 bits hold."""
+    bits = max(params.dtype.bits for params in spec.operands)
     reasons = {
-        f"its lane has {spec.lane} bits, not 24": spec.lane != 24,
+        f"its lane has {spec.lane} bits, not 24 or 32": spec.lane > 32,
         f"its root has {spec.m} bits, not {ROOT_BITS}": spec.m != ROOT_BITS,
-        "its sums take more than 32 bits": spec.accumulator > 32,
-        "it adds a residual, or has accumulators or scales a channel as input": spec.adder is not None,
+        f"its input has {bits} bits, not up to 24": bits > 24,
         "its eps is outside the root": spec.A > 0,
     }
     found = [reason for reason, applies in reasons.items() if applies]

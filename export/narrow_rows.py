@@ -1,36 +1,35 @@
-"""The row stage of the words int24 and float24: (0) to (5) of docs/arithmetic.md.
+"""The row stage of the words int24 and float24: (0) to (5) of docs/arithmetic.md; (3) and (4) are `narrow_root`.
 
-Numbers beyond 2**24 are held in parts of 12 bits, of which the last may have up to 24. Those of the variance V are
-shifted until the last one has its 24 bits; it and the next one are then the radicand. The root is that of a table of
-lower bounds, with its low bits by one division and a test of what is left; its reciprocal is a long division in digits
-of 6 bits.
+Sums of codes of 8 bits are sums of channels in groups, where one doesn't hold them; wider integers are split into parts
+whose sums, and whose products' sums, one holds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from ..proof import NormKind
-from .bounded import LIMB, LIMB_BITS, LIMIT, Bounded, Number
+from .bounded import FLOAT, LIMIT, Bounded, Limbs, Number
 from .graph import Operand
+from .narrow_root import Root, Squares, named
 
-#: What the parts of V hold.
-V_BITS = 62
-#: Bits of the root, and of a quotient's digits: a remainder below the root, times 2**6, stays below the limit.
-ROOT_BITS, DIGIT = 18, 6
-#: By the upper 12 of a number's 24 bits: 2**k, where 4**k brings it to [2**22, 2**24).
-_TO_TOP = np.array([1 << (24 - max((k << 12).bit_length(), 13)) // 2 for k in range(1 << 12)])
-_TO_TOP_BITS = 5
-#: Lower bounds of a root, at most 4 too small, by the upper 10 of its argument's 24 bits.
-_ROOTS = np.array([max(int(np.sqrt(k << 14)), 1 << 11) for k in range(1 << 10)])
 
-#: A number in summands: each one times 2 to a power.
-Terms: TypeAlias = list[tuple[Number, int]]
+@dataclass(frozen=True)
+class Row:
+    """What the element stage takes: u and c of a row, u - c, R and D, the latter in parts of the same bits."""
+
+    u: Number
+    c: Number
+    d: Number
+    R: Limbs
+    D: Limbs
 
 
 class Rows:
@@ -41,6 +40,8 @@ class Rows:
     arithmetic : Bounded
     columns : bool
         Whether sums are MatMul by columns of weights; else they are ReduceSum.
+    low : sequence of int
+        Bits of the low parts that R and D are to have.
 
     Attributes
     ----------
@@ -50,10 +51,11 @@ class Rows:
         The values of docs/arithmetic.md's letters, by these (see `int64.Body.stages`).
     """
 
-    def __init__(self, arithmetic: Bounded, *, columns: bool) -> None:
+    def __init__(self, arithmetic: Bounded, *, columns: bool, low: Sequence[int] = ()) -> None:
         self._arithmetic, self._spec, self._columns = arithmetic, arithmetic.spec, columns
         self.channels: dict[str, npt.NDArray[Any]] = {}
-        self.stages: dict[str, Operand] = {}
+        self._root = Root(arithmetic, low)
+        self.stages = self._root.stages
         params, n, codes = self._spec.input, self._spec.n, self._spec.row_stage.codes
         exponents = np.array(params.channel_exponents(n))
         #: A bound of the sum of squares of u - c.
@@ -65,6 +67,8 @@ class Rows:
             zeros = np.full(n, 0 if self._centred else (params.lo + params.hi + 1) // 2)
         self._zeros = zeros
         self._low, self._high = params.lo - int(zeros.max()), params.hi - int(zeros.min())
+        if params.dtype.bits > 16:  # no codes of that many bits: u itself
+            self._low, self._high = max(self._low, -codes.largest), min(self._high, codes.largest)
         if isinstance(params.zero_point, tuple):
             self.channels["Z"] = zeros
         self._sum_of_powers = int(np.left_shift(1, exponents).sum())
@@ -73,34 +77,66 @@ class Rows:
         self._largest = max(-self._low, self._high) ** 2
         #: Where one sum doesn't hold the squares of u: those of q - z in groups of channels, by their exponents.
         self._groups = list[tuple[int, npt.NDArray[np.int64]]]()
-        if not self._centred and int((4**exponents).sum()) * self._largest >= LIMIT:
+        single = self._centred or int((4**exponents).sum()) * self._largest < LIMIT
+        self._lowest, self._highest = self._low * self._sum_of_powers, self._high * self._sum_of_powers
+        #: What keeps the mean's dividend positive, a multiple of n; and whether one number then holds it.
+        self._mean_shift = max(-(self._lowest // n), 0)
+        self._whole = self._highest + n * (self._mean_shift + 1) < LIMIT
+        #: Whether u, or u - c, is split for its squares.
+        self._split = not single and (params.dtype.bits > 8 or not self._whole)
+        if not single and not self._split:
             self._groups = _groups(exponents, self._largest)
         for index, (_, weights) in enumerate(self._groups):
             self.channels[f"W{index}"] = weights[:, None] if columns else weights
-        #: What _variance leaves for _reciprocal: the parts of V, and how far it is shifted at most.
-        self._parts = self._most_shift = 0
 
-    def write(self, q: Operand, channels: Mapping[str, Operand]) -> tuple[Number, Number, Number]:
-        """Append the nodes from the rows' codes to u - c, R and D."""
+    def write(self, q: Operand, channels: Mapping[str, Operand]) -> Row:
+        """Append the nodes from the rows' codes to what the element stage takes."""
         arithmetic, n = self._arithmetic, self._spec.n
         v, u = self._integers(q, channels)
         self.stages["u"] = u.value
         if self._spec.kind is NormKind.RMSNORM:
-            return u, self.reciprocal_root(self._squares(v, u, channels), None), arithmetic.constant(0)
-        S = self._sum(u, self._low * self._sum_of_powers, self._high * self._sum_of_powers)
-        shift = max(-(S.low // n), 0)  # of the mean, to keep its dividend positive
-        dividend = arithmetic.add(S, arithmetic.param("mean_offset", n * shift + n // 2))
-        mean, rest = arithmetic.divided(dividend, arithmetic.constant(1), None)
-        c = arithmetic.sub(mean, arithmetic.param("mean_shift", shift)) if shift else mean
+            squares = self._squares_of_parts(u, self._spec.row_stage.codes.v0_max // n) if self._split else None
+            R = self._root.reciprocal(squares or self._squares(v, u, channels), None)
+            zero = arithmetic.constant(0)
+            return Row(u, zero, u, R, Limbs(zero, (zero,) * len(R.low), R.bits))
+        c, rest, S = self._mean(u)
         rest = arithmetic.sub(rest, arithmetic.param("n_half", n // 2))
         spread = self._spec.row_stage.codes.spread
         d = Number(arithmetic.writer.op("Sub", u.value, c.value), -spread, spread)
-        self.stages |= {"S": S.value, "c": c.value}
+        self.stages["c"] = c.value
         if self._centred:
-            R = self.reciprocal_root([(self._sum_of_squares(d, self._most), 0)], rest)
+            squares = Squares([(self._sum_of_squares(d, self._most), 0)], self._most)
+            R = self._root.reciprocal(squares, rest, centred=True)
+        elif self._split:
+            R = self._root.reciprocal(self._squares_of_parts(d, self._most), rest)
         else:
-            R = self.reciprocal_root(self._squares(v, u, channels), S)
-        return d, R, self._mean_part(R, rest)
+            assert S is not None
+            R = self._root.reciprocal(self._squares(v, u, channels), S)
+        return Row(u, c, d, R, self._mean_part(R, rest))
+
+    def _mean(self, u: Number) -> tuple[Number, Number, Number | None]:
+        """(5): c, what the division leaves and half of n, and S where it is one number."""
+        arithmetic, n = self._arithmetic, self._spec.n
+        if self._whole:
+            shift = self._mean_shift
+            S = self._sum(u, self._lowest, self._highest)
+            self.stages["S"] = S.value
+            dividend = arithmetic.add(S, arithmetic.param("mean_offset", n * shift + n // 2))
+            (mean,), rest = arithmetic.divided(dividend, arithmetic.constant(1), None)
+            return arithmetic.sub(mean, arithmetic.param("mean_shift", shift)) if shift else mean, rest, S
+        bits = (max(-u.low, u.high).bit_length() + 1) // 2
+        lower, upper = self._parts_of(u, [bits])
+        dividends, shift = list[Number](), 0
+        for index, (part, half) in enumerate(((upper, 0), (lower, n // 2))):
+            S = self._sum(part, n * part.low, n * part.high)
+            self.stages[f"S.{bits}" if not index else "S"] = S.value
+            own = -part.low
+            dividends.append(arithmetic.add(S, arithmetic.param(f"mean_offset_{1 - index}", n * own + half)))
+            shift = (shift << bits) + own
+        (mean, last), rest = arithmetic.divided(dividends[0], arithmetic.constant(1), None, [(dividends[1], bits)])
+        mean = arithmetic.add(arithmetic.mul(mean, arithmetic.constant(1 << bits)), last)
+        c = arithmetic.sub(mean, arithmetic.param("mean_shift", shift))
+        return c.within(u.low, u.high), rest, None
 
     def _integers(self, q: Operand, channels: Mapping[str, Operand]) -> tuple[Number, Number]:
         """(0): the codes less the zero point, and u."""
@@ -137,238 +173,78 @@ class Rows:
         self.stages["Q"] = value = arithmetic.writer.op("Max", total.value, arithmetic.constant(1).value)
         return Number(value, 1, most)
 
-    def _squares(self, v: Number, u: Number, channels: Mapping[str, Operand]) -> Terms:
+    def _squares(self, v: Number, u: Number, channels: Mapping[str, Operand]) -> Squares:
         """(2): the sums of the groups."""
+        exponents = np.array(self._spec.input.channel_exponents(self._spec.n))
+        most = int((4**exponents).sum()) * self._largest
         if not self._groups:
-            exponents = np.array(self._spec.input.channel_exponents(self._spec.n))
-            return [(self._sum_of_squares(u, int((4**exponents).sum()) * self._largest), 0)]
+            return Squares([(self._sum_of_squares(u, most), 0)], most)
         squares, terms = self._arithmetic.square(v), list[tuple[Number, int]]()
         for index, (base, weights) in enumerate(self._groups):
             total = self._sum(squares, 0, int(weights.sum()) * self._largest, channels[f"W{index}"])
             self.stages[f"Q.{index}"] = total.value
             terms.append((total, 2 * base))
-        return terms
+        return Squares(terms, most)
 
-    def reciprocal_root(self, Q: Terms, x: Number | None) -> Number:
-        """(3) and (4), with V0 = n*Q - x**2: R."""
-        upper, lower, shifts = self._top_of(self._variance(Q, x))
-        r = self.stages["r"] = self._root(upper, lower).value
-        R = self._reciprocal(Number(r, 1 << ROOT_BITS - 1, (1 << ROOT_BITS) - 1), shifts)
-        self.stages["R"] = R.value
-        return R
-
-    def _variance(self, Q: Terms, x: Number | None) -> list[Number]:
-        """(3): the parts of V."""
-        arithmetic, spec, n = self._arithmetic, self._spec, self._spec.n
-        highest = sum(number.high << shift for number, shift in Q) << 2 * spec.h
-        most = n * highest + spec.E
-        parts = max(-(-most.bit_length() // LIMB_BITS) - 1, 2)
-        if most >> V_BITS:
-            raise arithmetic.too_wide(f"a variance of {most.bit_length()} bits")
-        self._parts = parts
-        squares = self._carried(self._placed([(number, shift + 2 * spec.h) for number, shift in Q], parts), parts)
-        squares[-1] = squares[-1].within(0, highest >> LIMB_BITS * (parts - 1))  # what is carried has looser bounds
-        divisor = arithmetic.param("n", n)
-        columns = [[arithmetic.mul(part, divisor)] for part in squares]
-        taken = self._placed(self._squared(x, 2 * spec.h), parts) if x is not None else [[] for _ in columns]
-        if max(sum(number.high for number in column) for column in taken) >= LIMIT >> 2:  # it is to fit beside n*Q
-            taken = [[part] for part in self._carried(taken, parts)]
-        # with one sum of squares, which is 1 at least, V0 is never 0
-        positive = len(Q) == 1 and Q[0][0].low > 0 and (x is None or self._centred)
-        added = [
-            spec.E >> LIMB_BITS * k if k == parts - 1 else spec.E >> LIMB_BITS * k & LIMB - 1 for k in range(parts)
-        ]
-        V = self._carried(columns, parts, "V_offset", added if positive else [0] * parts, taken)
-        codes = spec.row_stage.codes
-        top = LIMB_BITS * (parts - 1)
-        if positive:
-            V[-1] = V[-1].within(0, (codes.v0_max << 2 * spec.h) + spec.E >> top)
-        else:
-            V[-1] = V[-1].within(0, codes.v0_max << 2 * spec.h >> top)
-            V = self._at_least(V, codes.v0_min << 2 * spec.h)
-            V = self._carried([[part] for part in V], parts, "eps", added) if spec.E else V
-        self.stages |= {f"V.{LIMB_BITS * k}" if k else "V": part.value for k, part in enumerate(V)}
-        return V
-
-    def _squared(self, x: Number, shift: int) -> Terms:
-        """Return the summands of a square."""
-        arithmetic = self._arithmetic
-        if max(-x.low, x.high) ** 2 < LIMIT:
-            return [(arithmetic.square(x), shift)]
-        negative = arithmetic.sub(arithmetic.constant(0), x)
-        size = Number(arithmetic.writer.op("Max", x.value, negative.value), 0, max(-x.low, x.high))
-        high, low = arithmetic.split(size)
-        products = (arithmetic.square(low), arithmetic.mul(high, low), arithmetic.square(high))
-        return [(product, shift + at) for product, at in zip(products, (0, LIMB_BITS + 1, 2 * LIMB_BITS), strict=True)]
-
-    def _placed(self, terms: Terms, parts: int) -> list[list[Number]]:
-        """Return what belongs to each part."""
-        arithmetic = self._arithmetic
-        columns: list[list[Number]] = [[] for _ in range(parts)]
-        for number, shift in terms:
-            index, bits = divmod(shift, LIMB_BITS)
-            while index >= parts:
-                index, bits = index - 1, bits + LIMB_BITS
-            factor = arithmetic.constant(1 << bits)
-            if number.high << bits < LIMIT:
-                columns[index].append(arithmetic.mul(number, factor))
-                continue
-            if index == parts - 1:
-                raise arithmetic.too_wide("a variance")
-            high, low = arithmetic.split(number)
-            columns[index].append(arithmetic.mul(low, factor))
-            columns[index + 1].append(arithmetic.mul(high, factor))
-        return columns
-
-    def _carried(
-        self, columns: Sequence[Sequence[Number]], parts: int, name: str = "", added: Sequence[int] | None = None,
-        taken: Sequence[Sequence[Number]] | None = None,
-    ) -> list[Number]:  # fmt: skip
-        """Return the parts of sums, with constants of that name added and what is taken off; 12 bits but the last."""
-        arithmetic = self._arithmetic
-        found, above = list[Number](), list[Number]()
-        borrowed = 0
-        for index in range(parts):
-            off = taken[index] if taken is not None else ()
-            last = index == parts - 1
-            lent = 0 if last else -(-(sum(number.high for number in off)) // LIMB)
-            constant = (added[index] if added is not None else 0) + lent * LIMB - borrowed
-            borrowed = lent
-            summands, above = [*columns[index], *above], []
-            total = summands[0] if summands else arithmetic.constant(0)
-            for summand in summands[1:]:
-                if total.high + summand.high >= LIMIT and not last:
-                    high, summand = arithmetic.split(summand)
-                    above.append(high)
-                if total.high + summand.high >= LIMIT and not last:
-                    high, total = arithmetic.split(total)
-                    above.append(high)
-                total = arithmetic.add(total, summand)
-            if constant:
-                total = arithmetic.add(total, arithmetic.param(f"{name}_{index}", constant))
-            for number in off:
-                total = arithmetic.sub(total, number)
-            total = total.within(0, total.high)
-            if not last and total.high >= LIMB:
-                carry, total = arithmetic.split(total)
-                above.append(carry)
-            found.append(total)
-        return found
-
-    def _at_least(self, V: list[Number], least: int) -> list[Number]:
-        """Return V, or at least this much where it is 0: there p is 0, whatever R is."""
+    def _parts_of(self, x: Number, bits: Sequence[int]) -> list[Number]:
+        """Return the parts of a number, the lowest first, all but the last of so many bits, with either sign."""
         arithmetic, op = self._arithmetic, self._arithmetic.writer.op
-        largest = V[0].value
-        for part in V[1:]:
-            largest = op("Max", largest, part.value)
-        one = arithmetic.constant(1)
-        absent = arithmetic.sub(one, Number(op("Min", largest, one.value), 0, 1))
-        index = max((least.bit_length() - 1) // LIMB_BITS, 0)
-        amount = -(-least >> LIMB_BITS * index)
-        if amount == LIMB:
-            index, amount = index + 1, 1
-        index = min(index, len(V) - 1)
-        filled = op("Max", V[index].value, arithmetic.mul(absent.within(0, 1), arithmetic.constant(amount)).value)
-        return [part if at != index else Number(filled, 0, max(part.high, amount)) for at, part in enumerate(V)]
+        parts = list[Number]()
+        for width in bits:
+            unit, half = 1 << width, 1 << width - 1
+            if arithmetic.floats:
+                value = op("Round", op("Mul", x.value, arithmetic.writer.constant(1.0 / unit, FLOAT)))
+                upper = Number(value, (x.low - half) // unit, (x.high + half) // unit)
+            else:
+                shift = -(x.low // unit)  # keeps the dividend positive
+                dividend = arithmetic.add(x, arithmetic.constant(shift * unit + half))
+                upper = arithmetic.sub(arithmetic.floor(dividend, unit), arithmetic.constant(shift))
+            lower = arithmetic.sub(x, arithmetic.mul(upper, arithmetic.constant(unit)))
+            parts.append(lower.within(-half, half))
+            x = upper
+        return [*parts, x]
 
-    def _top_of(self, V: list[Number]) -> tuple[Number, Number, list[Number]]:
-        """Return the upper 36 bits of V, shifted until it has all its bits, as 24 and 12, and the factors.
+    def _squares_of_parts(self, x: Number, most: int) -> Squares:
+        """(2) of u, or of u - c: the sums of the products of its parts, which may be negative."""
+        arithmetic, op, n = self._arithmetic, self._arithmetic.writer.op, self._spec.n
+        largest = max(-x.low, x.high)
+        bits = next(
+            ([width] * count for count in (1, 2, 3) for width in range(2, 12) if _hold(n, largest, most, width, count)),
+            None,
+        )
+        if bits is None:
+            raise arithmetic.too_wide("the sums of squares")
+        parts = self._parts_of(x, bits)
+        zero = arithmetic.constant(0)
+        terms, less = list[tuple[Number, int]](), list[tuple[Number, int]]()
+        for i, a in enumerate(parts):
+            for j, b in enumerate(parts[i:], start=i):
+                at = sum(bits[:i]) + sum(bits[:j])
+                bound = _sum_bound(n, largest, most, bits[0], len(bits), i, j)
+                product = Number(op("Mul", a.value, b.value), 0 if i == j else -bound, bound)
+                total = self._sum(product, product.low, product.high)
+                self.stages[f"Q.{i}{j}"] = total.value
+                if i == j:
+                    terms.append((total, at))
+                    continue
+                terms.append((Number(op("Max", total.value, zero.value), 0, bound), at + 1))
+                negative = arithmetic.sub(zero, total)
+                less.append((Number(op("Max", negative.value, zero.value), 0, bound), at + 1))
+        return Squares(terms, most, less)
 
-        The last one is a power of two up to 32, the others are 1 or 64; V was multiplied by their square.
-        """
-        arithmetic, op, spec = self._arithmetic, self._arithmetic.writer.op, self._spec
-        one, shifts, parts = arithmetic.constant(1), list[Number](), list(V)
-        least = (spec.row_stage.codes.v0_min << 2 * spec.h) + spec.E
-        self._most_shift = (LIMB_BITS * (len(V) + 1) - least.bit_length() + 1) // 2
-        while least >> LIMB_BITS * len(V) == 0:  # at least the upper 12 bits may be 0
-            least <<= LIMB_BITS
-            present = Number(op("Min", arithmetic.floor(parts[-1], LIMB).value, one.value), 0, 1)
-            absent = arithmetic.sub(one, present).within(0, 1)
-            # each a Max: OpenVINO makes (x + b/a)*a of a*x + b in models with quantizers, which rounds if a is no power
-            factor = Number(op("Max", arithmetic.mul(absent, arithmetic.constant(LIMB)).value, one.value), 1, LIMB)
-            moved = [arithmetic.mul(part, absent) for part in parts[:-1]]
-            shifted = Number(op("Mul", parts[-1].value, factor.value), 0, LIMIT - LIMB)
-            kept = [
-                arithmetic.sub(part, move).within(0, part.high) for part, move in zip(parts[:-1], moved, strict=True)
-            ]
-            parts = [
-                kept[0],
-                *(arithmetic.add(a, b).within(0, LIMB - 1) for a, b in zip(kept[1:], moved, strict=False)),
-            ]
-            parts.append(arithmetic.add(shifted, moved[-1].within(0, LIMB - 1)))
-            step = op("Max", arithmetic.mul(absent, arithmetic.constant(1 << DIGIT)).value, one.value)
-            shifts.append(Number(step, 1, 1 << DIGIT))
-        top = arithmetic.floor(parts[-1].within(0, LIMIT - 1), LIMB)
-        power = Number(arithmetic.look_up(_TO_TOP, top.value), 1, 1 << _TO_TOP_BITS)
-        square = Number(op("Mul", power.value, power.value), 1, 1 << 2 * _TO_TOP_BITS)
-        lower = arithmetic.mul(parts[-2], square)
-        if len(parts) > 2:
-            lower = arithmetic.add(lower, arithmetic.floor(arithmetic.mul(parts[-3], square), LIMB))
-        carry, lower = arithmetic.split(lower)
-        upper = op("Add", op("Mul", parts[-1].value, square.value), carry.value)
-        return Number(upper, LIMIT >> 2, LIMIT - 1), lower, [*shifts, power]
-
-    def _root(self, upper: Number, lower: Number) -> Number:
-        """The root of upper * 2**12 + lower: a table's, its low bits by one division, and a test of what is left."""
-        arithmetic, op = self._arithmetic, self._arithmetic.writer.op
-        index = arithmetic.floor(upper, 1 << 14)
-        top = Number(arithmetic.look_up(_ROOTS, index.value), 1 << 11, LIMB - 1)
-        most = 11 * LIMB  # the root is at most 4 above the table's
-        left = Number(op("Sub", upper.value, op("Mul", top.value, top.value)), 0, most)
-        high, low = arithmetic.split(lower, 1 << 7)
-        dividend = arithmetic.add(arithmetic.mul(left, arithmetic.constant(32)), high)
-        digits = arithmetic.quotient(dividend, top, 352)  # the low 6 bits, with what the table lacks, or 1 more
-        left = arithmetic.remainder(dividend, digits, top)
-        left = arithmetic.add(arithmetic.mul(left, arithmetic.constant(1 << 7)), low)
-        left = arithmetic.sub(left, arithmetic.square(digits))
-        minus_one = arithmetic.constant(-1).value
-        over = arithmetic.writer.cast(op("GreaterOrEqual", minus_one, left.value), arithmetic.dtype)
-        root = arithmetic.add(arithmetic.mul(top, arithmetic.constant(1 << DIGIT)), digits)
-        return arithmetic.sub(root, Number(over, 0, 1))
-
-    def _reciprocal(self, r: Number, shifts: list[Number]) -> Number:
-        """R: n * 2**(K+h) shifted over r, rounded: long division, with one bit more than R has."""
-        arithmetic, spec, n = self._arithmetic, self._spec, self._spec.n
-        most = int(spec.row_stage.r_max) + 1
-        if 2 * most + 1 >= LIMIT:
-            raise arithmetic.too_wide("the quotient of R")
-        # each part beyond the radicand's took 12 bits off V
-        bits = spec.K + spec.h + 1 - DIGIT * (self._parts - 2)
-        capacities = {}
-        for own in range(len(shifts)):  # how many factors of 64 have a step of their own
-            inside = min(self._most_shift, _TO_TOP_BITS + DIGIT * (len(shifts) - 1 - own))
-            if (capacity := LIMIT.bit_length() - 1 - n.bit_length() - inside) >= 0:
-                capacities[own] = min(capacity, bits)
-        if bits < 0 or not capacities:
-            raise arithmetic.too_wide("the dividend of R")
-        own = min(capacities, key=lambda count: count - (capacities[count] - bits) // DIGIT)
-        digits = -((capacities[own] - bits) // DIGIT)
-        first = max(bits - digits * DIGIT, 0)
-        dividend = arithmetic.param("numerator", n << first)
-        for factor in shifts[own:]:
-            dividend = Number(arithmetic.writer.op("Mul", dividend.value, factor.value), 0, LIMIT - 1)
-        left = bits - first
-        quotient = total = arithmetic.quotient(dividend, r, (2 * most + 1) >> left)
-        steps = [*shifts[:own], *(arithmetic.constant(1 << min(at, DIGIT)) for at in range(left, 0, -DIGIT))]
-        for index, step in enumerate(steps):
-            rest = arithmetic.remainder(dividend, quotient, r)
-            dividend = arithmetic.mul(rest, step)
-            quotient = arithmetic.quotient(dividend, r, step.high - 1)
-            left -= 0 if index < own else step.high.bit_length() - 1
-            total = Number(arithmetic.writer.op("Mul", total.value, step.value), 0, (2 * most + 1) >> left)
-            total = Number(arithmetic.writer.op("Add", total.value, quotient.value), 0, (2 * most + 1) >> left)
-        R = arithmetic.floor(arithmetic.add(total, arithmetic.constant(1)), 2)
-        return R.within(0, most)
-
-    def _mean_part(self, R: Number, rest: Number) -> Number:
+    def _mean_part(self, R: Limbs, rest: Number) -> Limbs:
         """(5): D, by long division of rest * R by n, with a dividend that is not negative in int32."""
         arithmetic, n = self._arithmetic, self._spec.n
         half = arithmetic.param("n_half", n // 2)
         factor = rest if arithmetic.floats else arithmetic.add(rest, arithmetic.param("n", n))
-        D, _ = arithmetic.divided(R, factor, half)
-        D = D if arithmetic.floats else arithmetic.sub(D, R)
-        self.stages["D"] = D.value
-        return D.within(-(R.high // 2) - 1, R.high // 2 + 1)
+        (top, *low), _ = arithmetic.divided(R.top, factor, half, [*zip(reversed(R.low), reversed(R.bits), strict=True)])
+        low.reverse()
+        if not arithmetic.floats:
+            top = arithmetic.sub(top, R.top)
+            low = [arithmetic.sub(part, own) for part, own in zip(low, R.low, strict=True)]
+        D = Limbs(top.within(-(R.top.high // 2) - 2, R.top.high // 2 + 2), tuple(low), R.bits)
+        self.stages |= named("D", D)
+        return D
 
 
 def _groups(exponents: npt.NDArray[np.int64], largest: int) -> list[tuple[int, npt.NDArray[np.int64]]]:
@@ -388,3 +264,25 @@ def _groups(exponents: npt.NDArray[np.int64], largest: int) -> list[tuple[int, n
         base, weights = groups[-1]
         weights[channel] = 4 ** (exponent - base)
     return groups
+
+
+def _hold(n: int, largest: int, most: int, width: int, count: int) -> bool:
+    """Whether the sums of products of parts stay below the limit."""
+    return all(
+        _sum_bound(n, largest, most, width, count, i, j) < LIMIT for i in range(count + 1) for j in range(i, count + 1)
+    )
+
+
+def _sum_bound(n: int, largest: int, most: int, width: int, count: int, i: int, j: int) -> int:
+    """Return what no sum of products of the parts i <= j reaches, of numbers whose sum of squares has a bound.
+
+    All parts but the last, which `count` come before, have magnitudes of up to half of 2**width; the last one is within
+    2/3 of the quotient by what is below it, as width is 2 at least. Also parts of a sum stay below it.
+    """
+    half, unit = 1 << width - 1, 1 << width * count
+    if j < count:
+        return n * half * half
+    top = largest // unit + 1
+    if i < count:
+        return half * min(n * top, math.isqrt(n * most) // unit + n + 2)
+    return min(n * top * top, most // unit**2 + 2 * (math.isqrt(n * most) // unit + 2) + n)

@@ -19,7 +19,7 @@ from ..errors import ModelError
 from ..proof import NormKind
 from ..quantization import DType, QuantParams
 from ..spec import LayerNormSpec
-from . import bounded, input_stage, int64, narrow
+from . import bounded, input_stage, int64, narrow, narrow_sums
 from .graph import Operand, Writer
 
 #: The domain of the function form, its version, the IR version that functions need, and the first opset with it.
@@ -40,6 +40,10 @@ class Word(StrEnum):
     INT64 = "int64"
     INT24 = "int24"
     FLOAT24 = "float24"
+
+
+#: What carries the integers of the words below 2**24.
+_CARRIERS = {Word.INT24: bounded.INT32, Word.FLOAT24: bounded.FLOAT}
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,12 @@ def _append(
         narrow.check(spec, writing.word)
     codes_sum: ir.Value | None = None
     if spec.adder is not None:
-        u, codes_sum = input_stage.append(tape, spec, list(operands))
-        if codes_sum is not None and spec.sum_output is not None and writing.io is None:
+        if writing.word is Word.INT64:
+            carried, (u, codes_sum) = ir.DataType.INT32, input_stage.append(tape, spec, list(operands))
+        else:
+            carried = _CARRIERS[writing.word]
+            u, codes_sum = narrow_sums.append(tape, spec, operands, carried)
+        if codes_sum is not None and spec.sum_output is not None and writing.codes(spec.sum_output) != carried:
             codes_sum = tape.op("Cast", [codes_sum], {"to": writing.codes(spec.sum_output)})
         operands, spec = [u], input_stage.behind(spec)
     (q,) = operands
@@ -202,7 +210,7 @@ def attributes(spec: LayerNormSpec) -> dict[str, int | float]:
 def _body(spec: LayerNormSpec, writing: Writing, writer: Writer, output: ir.DataType) -> int64.Body | narrow.Body:
     if writing.word is Word.INT64:
         return int64.Body(spec, writer, output, writing.opset)
-    return narrow.Body(spec, bounded.INT32 if writing.word is Word.INT24 else bounded.FLOAT, writer, output)
+    return narrow.Body(spec, _CARRIERS[writing.word], writer, output)
 
 
 def _function(body: int64.Body | narrow.Body, writing: Writing, flatten: bool) -> ir.Function:

@@ -22,12 +22,10 @@ from .quantization import QuantParams
 
 Integers = npt.NDArray[np.int64]
 
-#: The largest magnitude of u that is planned, in bits.
+#: The largest magnitude of u that is planned, in bits, where the hardware sets no other.
 SUM_BITS = 16
 #: Products and sums of codes of at most 16 bits stay below 2**31, those of wider codes or of lane 64 below 2**62.
 NARROW_BITS, WIDE_BITS = 31, 62
-#: What the rounding of the multipliers may add to the error of u, in units of u, where there is room.
-MULTIPLIER_ERROR = 2.0**-6
 #: The largest shift between u and the sum's codes, which 64 bits hold together with a channel exponent.
 MAX_SUM_SHIFT = 40
 
@@ -135,12 +133,15 @@ def is_needed(input: QuantParams, residual: QuantParams | None, sum_output: Quan
     return several or input.channel_scales is not None or input.dtype.bits > SUM_BITS + 1
 
 
-def plan_adder(n: int, operands: Sequence[QuantParams], sum_output: QuantParams | None, lane: int) -> Adder:
+def plan_adder(
+    n: int, operands: Sequence[QuantParams], sum_output: QuantParams | None, lane: int, *, most: int, rounding: int
+) -> Adder:
     """Choose the scale of u and the multipliers.
 
     The scale is a power of two below that of the sum output, so that a shift makes its codes, or else below the
-    coarsest operand's, whose multipliers are then exact. u has `SUM_BITS` bits, fewer where a row's variance would not
-    fit its 62 bits. The multipliers have the fewest bits that cost u no more than `MULTIPLIER_ERROR`.
+    coarsest operand's, whose multipliers are then exact. u has `most` bits, fewer where a row's variance would not
+    fit its 62 bits. The multipliers have the fewest bits whose rounding adds no more than 2**-rounding to the error of
+    u, or as many as there is room for.
 
     Raises
     ------
@@ -152,7 +153,7 @@ def plan_adder(n: int, operands: Sequence[QuantParams], sum_output: QuantParams 
         raise InputError("the sum's codes need one scale, with channel exponents or without")
     base = max(float(step.max()) for step in steps) if sum_output is None else sum_output.scale
     reaches = sum(_reach(params) * step for params, step in zip(operands, steps, strict=True))
-    bits = min(SUM_BITS, (61 - 2 * n.bit_length()) // 2)
+    bits = min(most, (61 - 2 * n.bit_length()) // 2)
     octaves = math.floor(math.log2(base) + bits - math.log2(float(np.max(reaches))))
     with np.errstate(over="ignore"):
         scale = float(np.ldexp(base, -octaves))
@@ -172,7 +173,7 @@ def plan_adder(n: int, operands: Sequence[QuantParams], sum_output: QuantParams 
         except PlanError:
             break
         best = adder
-        if adder._error(operands, worths) <= 0.5 + MULTIPLIER_ERROR:
+        if adder._error(operands, worths) <= 0.5 + 2.0**-rounding:
             break
     if best is None:
         raise PlanError("the inputs' scales are too far apart: the finest would count for nothing in the sum")

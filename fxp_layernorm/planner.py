@@ -80,7 +80,9 @@ def plan(
             raise InputError(f"{name} is {params.dtype}; outputs have at most 16 bits")
     if not (math.isfinite(layer.eps) and layer.eps >= 0):
         raise InputError(f"eps is {layer.eps!r}; it must be finite and not negative")
-    _check_inputs(input, residual, sum_output, limits)
+    limits.check_codes(max(side.dtype.bits for side in (input, residual) if side is not None))
+    widest = max(side.dtype.bits for side in (input, output, residual) if side is not None)
+    limits = limits.of(widest, added=is_needed(input, residual, sum_output))
     problem = _Problem(layer, input, output, residual, sum_output, limits)
     if lane is not None:
         if not isinstance(lane, int | np.integer) or lane not in proof.ROOT_BITS:
@@ -140,19 +142,6 @@ def hardware_costs(
     }
 
 
-def _check_inputs(
-    input: QuantParams, residual: QuantParams | None, sum_output: QuantParams | None, limits: Hardware
-) -> None:
-    """Raise PlanError unless the hardware takes the input's codes, and what is done to them before the norm."""
-    limits.check_codes(max(side.dtype.bits for side in (input, residual) if side is not None))
-    if limits.codes <= 16 and is_needed(input, residual, sum_output):
-        done = "a residual is added before the norm" if residual is not None else "input channels have their own scales"
-        raise PlanError(
-            f"{done} and the hardware takes codes as they are: add in the model (without --fuse-residual), use channel "
-            "exponents for scales, or another hardware"
-        )
-
-
 def _candidates(limits: Hardware, output: QuantParams, preferred: bool) -> list[tuple[int, bool]]:
     """Return the lanes in the order in which they are tried, and whether with short factors, if these are preferred."""
     lanes = limits.lanes
@@ -193,8 +182,11 @@ class _Problem:
         m = hardware.root or proof.ROOT_BITS[lane]
         accumulator = min(hardware.accumulator or proof.ACCUMULATOR_BITS[lane], 63)
         operands = (self.input,) if self.residual is None else (self.input, self.residual)
-        needed = is_needed(self.input, self.residual, self.sum_output)
-        adder = plan_adder(n, operands, self.sum_output, lane) if needed else None
+        adder = (
+            plan_adder(n, operands, self.sum_output, lane, most=hardware.sums, rounding=hardware.rounding)
+            if is_needed(self.input, self.residual, self.sum_output)
+            else None
+        )
         codes = CodeBounds.of(kind, *code_ends(n, operands, adder))
         scale = adder.scale if adder is not None else self.input.scale
         h, E, A, l = _epsilon(layer, codes, scale, m, hardware.radicand)
@@ -207,7 +199,7 @@ class _Problem:
         found: list[tuple[float, int, int, int]] = []
         outside = A > 0
         for F in range(1, WORD_F + 1 if words else lane):
-            K = _norm_bits(codes, lane, m, F, longest, outside)
+            K = _norm_bits(codes, lane, m, F, longest, outside, hardware.product or lane)
             if K is None:
                 continue
             t_max = RowStage(codes, lane, m, K, outside).t_max(K - F)
@@ -281,11 +273,11 @@ def _outer_epsilon(e: Fraction, m: int) -> tuple[int, int]:
     return A, l
 
 
-def _norm_bits(codes: CodeBounds, lane: int, m: int, F: int, longest: int, outside: bool) -> int | None:
+def _norm_bits(codes: CodeBounds, lane: int, m: int, F: int, longest: int, outside: bool, product: int) -> int | None:
     """Return the largest K that the lane holds with F fraction bits in t and at most `longest` below; or None."""
     for K in range(min(lane - 2, F + longest), F, -1):
         try:
-            RowStage(codes, lane, m, K, outside).check(K - F)
+            RowStage(codes, lane, m, K, outside).check(K - F, product)
         except PlanError:
             continue
         return K

@@ -152,12 +152,12 @@ class RowStage:
         """Bound of R, of ``(u - c) * R`` up to the rounding of R, and so of D."""
         return 2.0**self.K * self.codes.n / math.sqrt(self.codes.v0_min) * self._relative + 0.5
 
-    def check(self, s1: int) -> None:
-        """Raise PlanError unless R, (u-c)*R, D, p and p's rounding fit the lane."""
-        lane_limit = 2.0 ** (self.lane - 1)
+    def check(self, s1: int, product: int | None = None) -> None:
+        """Raise PlanError unless R, (u-c)*R, D, p and p's rounding fit the lane, or fewer bits, sign included."""
+        bits = min(self.lane, product or self.lane)
         widest = self.r_max + self.codes.spread / 2 + 1 + 2.0 ** (s1 - 1)
-        if not max(widest, self.codes.spread) < lane_limit:
-            raise PlanError(f"products of up to {widest:.4g} don't fit a lane of {self.lane} bits with K = {self.K}")
+        if not max(widest, self.codes.spread) < 2.0 ** (bits - 1):
+            raise PlanError(f"products of up to {widest:.4g} don't fit a lane of {bits} bits with K = {self.K}")
         mean_dividend = self.codes.n * (self.r_max + 1)
         if not mean_dividend < 2.0**63:
             raise PlanError(f"the dividend of the mean is up to {mean_dividend:.4g}, beyond 63 bits, with K = {self.K}")

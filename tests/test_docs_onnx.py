@@ -43,6 +43,10 @@ def models(word: str) -> list[onnx.ModelProto]:
             spec = fxp.plan(layer_of(kind, n), params, params_of(output), hardware="carried24")
             shifted = dataclasses.replace(spec, B=tuple(value + 1 for value in spec.B))  # no multiple of 2**7
             built += [to_onnx(spec, word, form="function"), to_onnx(shifted, word, form="function")]
+        for n in (120, 1500):
+            wide = params_of("uint16")
+            spec = fxp.plan(layer_of(NormKind.LAYERNORM, n), wide, wide, hardware="carried24")
+            built.append(to_onnx(spec, word, form="function"))
     flat = fxp.plan(fxp.LayerNorm((4, 6)), params_of("int8"), params_of("int8"), hardware="carried24")
     return [*built, to_onnx(flat, word), to_onnx(flat, word, form="function")]
 

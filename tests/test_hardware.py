@@ -21,6 +21,8 @@ from fxp_layernorm.hardware import PRESETS, Hardware
 
 def keeps(spec: LayerNormSpec, limits: Hardware) -> None:
     """Assert what the limits say, of the widths that are proved for the spec."""
+    widest = max(params.dtype.bits for params in (*spec.operands, spec.output))
+    limits = limits.of(widest, added=spec.adder is not None)
     t_bits = spec.row_stage.t_max(spec.s1).bit_length() + 1
     G_bits = max(min(G, ~G).bit_length() for G in spec.G) + 1
     narrow, wide = sorted(limits.multiplier)
@@ -29,6 +31,9 @@ def keeps(spec: LayerNormSpec, limits: Hardware) -> None:
     assert all(B % 2**limits.offset == 0 for B in spec.B)
     assert spec.lane in limits.lanes
     assert spec.input.dtype.bits <= limits.codes
+    assert spec.row_stage.r_max < 2 ** ((limits.product or spec.lane) - 1)
+    if spec.adder is not None:
+        assert spec.row_stage.codes.largest <= 1 << limits.sums
     assert spec.m == (limits.root or {24: 18, 32: 24, 64: 31}[spec.lane])
     assert (spec.row_stage.codes.v0_max << 2 * spec.h) + spec.E < 1 << limits.radicand
 
@@ -100,29 +105,31 @@ def test_what_the_hardware_cannot_do_is_refused_with_the_figure(options: dict[st
         plan(LayerNorm(64), params_of("int8"), params_of("int8"), **options)
 
 
-@pytest.mark.parametrize(
-    ("input", "options", "words"),
-    [
-        (
-            "int16",
-            {},
-            "the input has 16 bits and the hardware takes codes of up to 8: use 8 bits, with",
-        ),
-        ("int8", {"residual": params_of("int8")}, "a residual is added before the norm .* add in the model"),
-        ("int8", {"residual": params_of("int12")}, "the input has 12 bits"),
-    ],
-)
-def test_codes_that_the_hardware_does_not_take(input: str, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(PlanError, match=words):
-        plan(LayerNorm(8), params_of(input), params_of("int8"), hardware="carried24", **options)
-    with pytest.raises(PlanError, match="16 bits and the hardware takes codes of up to 8"):
-        CalibrationOptions.of("int16", hardware="carried24")
+@pytest.mark.parametrize(("input", "residual"), [("int32", None), ("int8", "int24")])
+def test_codes_that_the_hardware_does_not_take(input: str, residual: str | None) -> None:
+    added = None if residual is None else params_of(residual)
+    with pytest.raises(PlanError, match=r"the input has (24|32) bits and the hardware takes codes of up to 23: use 23"):
+        plan(LayerNorm(8), params_of(input), params_of("int8"), residual=added, hardware="carried24")
+    with pytest.raises(PlanError, match="32 bits and the hardware takes codes of up to 23"):
+        CalibrationOptions.of("int32", hardware="carried24")
 
 
-def test_scales_of_channels_need_an_input_stage() -> None:
-    scaled = QuantParams("int8", 0.1, channel_scales=np.linspace(0.05, 0.1, 8))
-    with pytest.raises(PlanError, match=r"input channels have their own scales and .* use channel exponents"):
-        plan(LayerNorm(8), scaled, params_of("int8"), hardware="carried24")
+@pytest.mark.parametrize("kind", KINDS)
+def test_wide_codes_and_sums_have_limits_of_their_own(kind: NormKind) -> None:
+    """Those of the preset for integers that are carried in float32: a wider lane, and sums of 15 bits."""
+    layer, narrow = layer_of(kind, 96), params_of("int8")
+    scaled = QuantParams("int8", 0.1, channel_scales=np.linspace(0.05, 0.1, 96))
+    assert plan(layer, narrow, narrow, hardware="carried24").lane == 24
+    for input, output, residual in (
+        (narrow, params_of("int16"), None), (params_of("int16"), narrow, None), (params_of("int20"), narrow, None),
+        (narrow, narrow, params_of("uint8", 3.0)), (scaled, narrow, None),
+    ):  # fmt: skip
+        spec = plan(layer, input, output, residual=residual, hardware="carried24")
+        keeps(spec, PRESETS["carried24"])
+        assert spec.lane == 32
+        if output is narrow:
+            assert spec.excess <= 1 / 8
+        assert spec.input_error <= 1  # half from rounding u, half from its multipliers
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -144,6 +151,9 @@ def test_a_lane_of_the_hardware_can_be_chosen(lane: int) -> None:
         ({"radicand": 63}, "the radicand of 63 bits"),
         ({"codes": 33}, "the input of 33 bits"),
         ({"unclamped": 9}, "the unclamped output of 9 bits"),
+        ({"sums": 17}, "the sum of 17 bits can't be planned for; 8 to 16"),
+        ({"rounding": None}, "the rounding of None bits"),
+        ({"product": 65}, "the product of 65 bits"),
         ({"lanes": ()}, r"the lanes are \(\); a tuple of 24, 32, 64 is expected"),
         ({"lanes": (16,)}, r"the lanes are \(16,\)"),
         ({"lanes": 24}, "the lanes are 24"),

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import specs
 from onnx_ir.tape import Tape
 from onnx_models import run_onnxruntime, run_reference
 from rows import adversarial, exponents_of, layer_of, noise, params_of, typical
@@ -21,7 +22,7 @@ from fxp_layernorm import ModelError, NormKind, reference
 from fxp_layernorm.export import subgraph, to_onnx
 from fxp_layernorm.export.bounded import FLOAT, INT32, Bounded, Number
 from fxp_layernorm.export.graph import Writer
-from fxp_layernorm.export.narrow_rows import Rows
+from fxp_layernorm.export.narrow_root import Root, Squares
 
 CONSUMERS = pytest.mark.parametrize("run", [run_onnxruntime, run_reference])
 WORDS = pytest.mark.parametrize("word", ["int24", "float24"])
@@ -42,6 +43,21 @@ CASES = [
     (NormKind.RMSNORM, 64, "int8", "uint8", 0),
     (NormKind.RMSNORM, 768, "int8", "int8", 5),
 ]
+#: What is wide, and so in parts: kind, n, input, residual, output and sum; of inputs with an E channels have exponents
+#: and zero points, with an S a scale each
+WIDE = [
+    (NormKind.LAYERNORM, 768, "int8", "int8", "int8", "int8"),
+    (NormKind.LAYERNORM, 64, "uint8 E", "int8 E", "int8", "int8 E"),
+    (NormKind.RMSNORM, 64, "int8", "uint8", "uint8", "int16"),
+    (NormKind.LAYERNORM, 5, "int16", "int16", "uint16", "int16"),
+    (NormKind.LAYERNORM, 120, "int16", None, "int8", None),
+    (NormKind.LAYERNORM, 1100, "uint16", None, "int16", None),
+    (NormKind.RMSNORM, 384, "uint16", None, "uint16", None),
+    (NormKind.RMSNORM, 24, "int12 E", "int8", "int16", "uint8"),
+    (NormKind.LAYERNORM, 48, "int20", None, "int8", None),
+    (NormKind.LAYERNORM, 96, "int8 S", None, "int8", None),
+]
+EVERY_WIDE = pytest.mark.parametrize(("kind", "n", "input", "residual", "output", "total"), WIDE)
 EVERY = pytest.mark.parametrize(("kind", "n", "input", "output", "exponents"), CASES)
 
 
@@ -56,9 +72,46 @@ def spec_of(kind: NormKind, n: int, input: str = "int8", output: str = "int8", e
     return fxp.plan(layer_of(kind, n), params, other, hardware="carried24")
 
 
+def wide_spec_of(
+    kind: NormKind, n: int, input: str, residual: str | None, output: str, total: str | None
+) -> fxp.LayerNormSpec:
+    rng = np.random.default_rng(n)
+
+    def side(name: str, reach: float) -> fxp.QuantParams:
+        dtype, _, channels = name.partition(" ")
+        params = params_of(dtype, reach)
+        if channels == "E":
+            zeros = rng.integers(params.lo, params.hi, n, endpoint=True)
+            return fxp.QuantParams(dtype, params.scale / 8, zeros, exponents=exponents_of(n, 6))
+        if channels == "S":
+            steps = params.scale * np.exp(-rng.random(n))
+            return fxp.QuantParams(dtype, steps.max(), params.zero_point, channel_scales=steps)
+        return params
+
+    added = None if residual is None else side(residual, 5.0)
+    sums = None if total is None else side(total, 9.0)
+    return fxp.plan(
+        layer_of(kind, n), side(input, 8.0), side(output, 8.0), residual=added, sum_output=sums, hardware="carried24"
+    )
+
+
 def rows_of(spec: fxp.LayerNormSpec) -> npt.NDArray[Any]:
     n = spec.n
     return np.concatenate([adversarial(spec.input, n), noise(spec.input, n, 4), typical(spec.input, n, 4)])
+
+
+def feed_of(spec: fxp.LayerNormSpec) -> dict[str, npt.NDArray[Any]]:
+    """Return rows of the operands; those of a second one at the same ends, and at opposite ones."""
+    if spec.residual is None:
+        return {"q": rows_of(spec)}
+    operands = specs.rows_of(spec, budget=24 * spec.n)
+    return dict(zip(("q", "residual"), operands, strict=True))
+
+
+def codes_of(spec: fxp.LayerNormSpec, feed: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    if spec.sum_output is None:
+        return [reference.run(spec, *feed.values())]
+    return [codes for codes in reference.run_with_sum(spec, *feed.values()) if codes is not None]
 
 
 def magnitudes_and_codes(spec: fxp.LayerNormSpec, word: str) -> None:
@@ -69,14 +122,17 @@ def magnitudes_and_codes(spec: fxp.LayerNormSpec, word: str) -> None:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    q = rows_of(spec)
-    values = session.run(None, {"q": q})
-    np.testing.assert_array_equal(values[0], reference.run(spec, q))
+    feed = feed_of(spec)
+    values = session.run(None, feed)
+    outputs = codes_of(spec, feed)
+    for value, codes in zip(values, outputs, strict=False):
+        assert value.dtype == codes.dtype
+        np.testing.assert_array_equal(value, codes)
     assert len(values) == len(model.graph.node)
     # tables are looked up by integers; the axes of ReduceSum are int64
     carried = ["int32", "bool"] if word == "int24" else ["float32", "int32", "bool", "int64"]
     for exposed, value in zip(model.graph.output, values, strict=True):
-        assert value.dtype.name in (*carried, spec.output.dtype.numpy.name), exposed.name
+        assert value.dtype.name in (*carried, *(codes.dtype.name for codes in outputs)), exposed.name
         assert np.abs(value.astype(np.float64)).max() < LIMIT, exposed.name
 
 
@@ -100,6 +156,38 @@ def test_words_give_the_reference_codes(
 def test_no_value_reaches_2_to_24(word: str, kind: NormKind, n: int, input: str, output: str, exponents: int) -> None:
     spec = spec_of(kind, n, input, output, exponents)
     magnitudes_and_codes(spec, word)
+
+
+@EVERY_WIDE
+@WORDS
+def test_wide_codes_and_sums_stay_below_2_to_24_in_parts(
+    word: str, kind: NormKind, n: int, input: str, residual: str | None, output: str, total: str | None
+) -> None:
+    magnitudes_and_codes(wide_spec_of(kind, n, input, residual, output, total), word)
+
+
+@pytest.mark.parametrize(("word", "form"), [("int24", "inline"), ("float24", "function")])
+@CONSUMERS
+def test_wide_codes_and_sums_in_either_form(run: Run, word: str, form: str) -> None:
+    for case in ((NormKind.RMSNORM, 64, "int16", "uint8", "uint16", "int8"), WIDE[4]):
+        spec = wide_spec_of(*case)
+        feed = feed_of(spec)
+        results = run(to_onnx(spec, word=word, form=form), feed)
+        for found, wanted in zip(results, codes_of(spec, feed), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+@WORDS
+def test_an_input_stage_takes_tensors_of_any_rank(word: str) -> None:
+    layer, side = fxp.LayerNorm((4, 6)), params_of("int8")
+    spec = fxp.plan(layer, side, side, residual=side, sum_output=params_of("int8", 9.0), hardware="carried24")
+    for leading in ([], [2, 3]):
+        rng = np.random.default_rng(0)
+        feed = {name: rng.integers(-128, 128, (*leading, 4, 6)).astype(np.int8) for name in ("q", "residual")}
+        model = to_onnx(spec, word=word, leading=leading, io="int32")
+        results = run_onnxruntime(model, {name: codes.astype(np.int32) for name, codes in feed.items()})
+        for found, wanted in zip(results, codes_of(spec, feed), strict=True):
+            np.testing.assert_array_equal(found, wanted)
 
 
 @WORDS
@@ -169,11 +257,12 @@ def test_root_and_reciprocal_from_every_sum_of_squares(word: str, n: int) -> Non
     tape = Tape()
     dtype = FLOAT if word == "float24" else INT32
     writer = Writer(tape, subgraph.attributes(spec), inline=True)
-    rows = Rows(Bounded(spec, dtype, writer), columns=False)
+    root = Root(Bounded(spec, dtype, writer))
     most = spec.row_stage.codes.v0_max // n
     parts = [ir.Value(name=name, shape=ir.Shape(["rows", 1]), type=ir.TensorType(dtype)) for name in ("upper", "lower")]
-    R = rows.reciprocal_root([(Number(parts[1], 0, (1 << 12) - 1), 0), (Number(parts[0], 0, most >> 12), 12)], None)
-    outputs = [writer.value(value) for value in (rows.stages["r"], R.value)]
+    terms = [(Number(parts[1], 0, (1 << 12) - 1), 0), (Number(parts[0], 0, most >> 12), 12)]
+    R = root.reciprocal(Squares(terms, most), None)
+    outputs = [writer.value(value) for value in (root.stages["r"], R.top.value)]
     for value, name in zip(outputs, ("r", "R"), strict=True):
         value.name, value.type = name, ir.TensorType(dtype)
     graph = ir.Graph(parts, outputs, nodes=tape.nodes, opset_imports={"": 17}, name="root")
@@ -191,20 +280,32 @@ def test_root_and_reciprocal_from_every_sum_of_squares(word: str, n: int) -> Non
 
 
 @WORDS
-def test_spec_that_a_word_cannot_hold_is_refused(word: str) -> None:
-    wide = fxp.plan(layer_of(NormKind.LAYERNORM, 64), params_of("int8"), params_of("int8"), lane=32)
-    with pytest.raises(ModelError, match=r"lane has 32 bits.*The word int64 does; .* carried24"):
-        to_onnx(wide, word=word)
-    scales = fxp.QuantParams("int8", 0.1, channel_scales=tuple(np.linspace(0.01, 0.1, 64).tolist()))
-    uneven = fxp.plan(layer_of(NormKind.LAYERNORM, 64), scales, params_of("int8"), lane=24)
-    with pytest.raises(ModelError, match=r"scales a channel as input.*The word int64 does"):
-        to_onnx(uneven, word=word)
-    long = fxp.plan(layer_of(NormKind.LAYERNORM, 64), params_of("int16"), params_of("int8"), lane=24)
-    with pytest.raises(ModelError, match=r"a value of up to \d+ of the spec .* it would reach 2\^24; .*int64"):
-        to_onnx(long, word=word)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lane": 64}, "lane has 64 bits, not 24 or 32; its root has 31 bits, not 18"),
+        ({"lane": 32}, "root has 24 bits, not 18"),
+        ({"input": params_of("int32"), "lane": 32}, "root has 24 bits, not 18; its input has 32 bits, not up to 24"),
+        ({"layer": fxp.LayerNorm(64, eps_outside=True), "lane": 24}, "its eps is outside the root"),
+    ],
+)
+def test_spec_of_another_kind_is_refused(word: str, options: dict[str, Any], words: str) -> None:
+    side = params_of("int8")
+    layer = layer_of(NormKind.LAYERNORM, 64)
+    spec = fxp.plan(**{"layer": layer, "input": side, "output": side, **options})
+    with pytest.raises(ModelError, match=rf"{words}.*The word int64 does; .* carried24"):
+        to_onnx(spec, word=word)
+
+
+@WORDS
+def test_spec_that_is_too_wide_is_refused_with_the_figure(word: str) -> None:
+    params = params_of("int16", exponents=exponents_of(64, 9))
+    spec = fxp.plan(layer_of(NormKind.LAYERNORM, 64), params, params_of("int8"), hardware="carried24")
+    with pytest.raises(ModelError, match=r"of the spec .* exponents up to 9 .* would reach 2\^24; the word int64 does"):
+        to_onnx(spec, word=word)
 
 
 def test_specs_of_the_same_nodes_share_one_function() -> None:
-    specs = [spec_of(NormKind.LAYERNORM, n) for n in (700, 800)]
-    names = [to_onnx(spec, word="int24", form="function").functions[0].name for spec in specs]
+    alike = [spec_of(NormKind.LAYERNORM, n) for n in (700, 800)]
+    names = [to_onnx(spec, word="int24", form="function").functions[0].name for spec in alike]
     assert names[0] == names[1]
