@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from .checks import NormCheck, OutputCheck, Verification
-from .diagnosis import CodeDifference, StageDifference
+from .diagnosis import BorderDifference, CodeDifference, StageDifference
 from .loading import load_model
 from .model import Replacement, exported_norms, quantize_model, replace_norms
 from .norms import Norm, find_norms
@@ -21,6 +21,7 @@ from .writing import export_model
 
 __all__ = [
     "Border",
+    "BorderDifference",
     "CodeDifference",
     "ExportedNorm",
     "Form",

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
-from .diagnosis import CodeDifference, StageDifference
+from .diagnosis import BorderDifference, CodeDifference, StageDifference
 
 
 @dataclass
@@ -35,6 +35,8 @@ class NormCheck:
         Of a float norm between quantizers, the output codes that no float32 norm gives; None for an integer norm.
     differences : list of CodeDifference
         The first output codes that differ.
+    border_differences : list of BorderDifference
+        The first values at the border that no float32 quantizer gives.
     stage : StageDifference or None
         The first stage of the norm that differs, where one was found.
     """
@@ -47,6 +49,7 @@ class NormCheck:
     largest: int = 0
     beyond: int | None = None
     differences: list[CodeDifference] = field(default_factory=list)
+    border_differences: list[BorderDifference] = field(default_factory=list)
     stage: StageDifference | None = None
 
     @property

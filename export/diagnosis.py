@@ -44,13 +44,31 @@ MOST_ROWS, MOST_CODES = 16, 5
 
 @dataclass(frozen=True)
 class CodeDifference:
-    """An output code that differs: the feed and the row of its codes, both counted from 0, and the channel."""
+    """A code of the output, or of the sum_output, that differs; feed, row and channel are counted from 0."""
 
+    side: str
     feed: int
     row: int
     channel: int
     expected: int
     got: int
+
+
+@dataclass(frozen=True)
+class BorderDifference:
+    """A code that no float32 quantizer gives for its float value, or a float value that none gives for its code.
+
+    `side` is the border: the input, the residual, the output or the sum_output of the spec. `of` is what is quantized,
+    or dequantized. None is what is not finite.
+    """
+
+    side: str
+    feed: int
+    row: int
+    channel: int
+    of: float | None
+    expected: float | None
+    got: float | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,10 @@ class StageDifference:
     ----------
     stage : str
         Its letter in docs/arithmetic.md, or an empty string where no stage differs once the stages are outputs.
+    value : str
+        The name of the stage's value: in the model, or as the stages were given.
+    row : int or None
+        The row of the first value that differs, counted from 0.
     expected, got : float or None
         The first value that differs; integers, whatever type the word carries them in. None where it is not finite.
     values, differ : int
@@ -70,6 +92,8 @@ class StageDifference:
     """
 
     stage: str
+    value: str
+    row: int | None
     expected: float | None
     got: float | None
     values: int
@@ -77,24 +101,43 @@ class StageDifference:
     hint: str
 
     def __str__(self) -> str:
-        if not self.stage:
+        if self.row is None:
             return self.hint
-        found = f"{self.stage}, {STAGES[self.stage]}: {self.differ:,} of {self.values:,} values differ, "
+        found = (
+            f"{self.stage}, {STAGES[self.stage]}: {self.differ:,} of {self.values:,} values of {self.value} differ, "
+        )
         got, expected = ("not finite" if value is None else f"{value:,}" for value in (self.got, self.expected))
-        return f"{found}the first is {got} and should be {expected}. {self.hint}".rstrip()
+        return f"{found}the first, in row {self.row}, is {got} and should be {expected}. {self.hint}"
 
 
 #: What is found where nothing differs any more.
 OTHERWISE_RIGHT = StageDifference(
-    "", None, None, 0, 0, "No code differs once the stages are outputs: the consumer's optimizations change the norm."
+    "",
+    "",
+    None,
+    None,
+    None,
+    0,
+    0,
+    "No code differs once the stages are outputs: the consumer's optimizations change the norm.",
 )
 
 
-def differing_codes(feed: int, expected: Array, got: Array) -> list[CodeDifference]:
-    """Return the first codes that differ, of matrices of rows."""
+def differing_codes(side: str, feed: int, bad: Array, expected: Array, got: Array, most: int) -> list[CodeDifference]:
+    """Return the first bad codes, of matrices of rows."""
     return [
-        CodeDifference(feed, row, channel, int(expected[row, channel]), int(got[row, channel]))
-        for row, channel in np.argwhere(expected != got)[:MOST_CODES].tolist()
+        CodeDifference(side, feed, row, channel, int(expected[row, channel]), int(got[row, channel]))
+        for row, channel in np.argwhere(bad)[:most].tolist()
+    ]
+
+
+def differing_values(
+    side: str, feed: int, bad: Array, of: Array, expected: Array, got: Array
+) -> list[BorderDifference]:
+    """Return the first bad values at a border, of matrices of rows."""
+    return [
+        BorderDifference(side, feed, *where, *(_finite(array[tuple(where)]) for array in (of, expected, got)))
+        for where in np.argwhere(bad)[:MOST_CODES].tolist()
     ]
 
 
@@ -119,8 +162,8 @@ def first_difference(
     rows = len(got)
     for name in sorted(set(stages) & set(expected), key=lambda name: list(STAGES).index(name[0])):
         wanted, found = _numbers(expected[name], stages[name], rows)
-        if wanted.shape != found.shape or not np.array_equal(wanted, found):
-            return _difference(name[0], wanted, found, word)
+        if not np.array_equal(wanted, found):
+            return _difference(name, wanted, found, word)
     wanted, found = _numbers(expected["y"], got, rows)
     if not np.array_equal(wanted, found):
         return _difference("y", wanted, found, word)
@@ -154,14 +197,15 @@ def _numbers(expected: Array, got: Array, rows: int) -> tuple[Array, Array]:
     return expected, got
 
 
-def _difference(stage: str, expected: Array, got: Array, word: str) -> StageDifference:
+def _difference(name: str, expected: Array, got: Array, word: str) -> StageDifference:
     if expected.shape != got.shape:
-        raise DataError(f"the stage {stage} has {got.shape[1]} values a row; it must have {expected.shape[1]}")
+        hint = f"{name} has {got.shape[1]} values a row; it must have {expected.shape[1]}."
+        return StageDifference(name[0], name, None, None, None, expected.size, expected.size, hint)
     bad = expected != got
     first = tuple(np.argwhere(bad)[0])
     return StageDifference(
-        stage, _finite(expected[first]), _finite(got[first]), expected.size, int(bad.sum()),
-        _hint(stage, expected[bad], got[bad], word),
+        name[0], name, int(first[0]), _finite(expected[first]), _finite(got[first]), expected.size, int(bad.sum()),
+        _hint(name[0], expected, got, word),
     )  # fmt: skip
 
 
@@ -186,19 +230,22 @@ def _carriers() -> list[tuple[Callable[[Array], Array], str]]:
 
 
 def _hint(stage: str, expected: Array, got: Array, word: str) -> str:
-    """Return what may have made of the expected values, which all differ, those that were got."""
+    """Return what may have made of the expected values those that were got."""
     narrower = " Words with narrower integers: --word int24, --word float24." if word == Word.INT64 else ""
-    wide, found = expected.astype(np.float64), got.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         for carry, effect in _carriers():
-            if np.array_equal(carry(expected).astype(np.float64), found):
+            if np.array_equal(carry(expected).astype(np.float64), got.astype(np.float64)):
                 return f"All are the right values {effect}.{narrower}"
+    bad = expected != got
+    wide, found = expected[bad].astype(np.float64), got[bad].astype(np.float64)
     if np.all(np.abs(found - wide) == 1):
         return (
             "All are off by one: a quotient or a shift is rounded another way. See how the consumer divides negative "
             "numbers, whether it replaces a division by a product with the reciprocal, and how it rounds ties."
         )
+    before = "No stage before it differs: see the operators that lead to it."
     largest = float(np.max(np.abs(wide)))
     if stage != "y" and largest >= 2**24:
-        return f"The right values go up to 2^{np.log2(largest):.1f}; floats carry integers to 2^24 only.{narrower}"
-    return ""
+        reach = f"The right values go up to 2^{np.log2(largest):.1f}; floats carry integers to 2^24 only."
+        return f"{before} {reach}{narrower}"
+    return before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,15 @@ from ..quantization import DType
 from ..runtime import Feed, Feeds, Session
 from ..spec import LayerNormSpec
 from .checks import NormCheck, OutputCheck, Verification
-from .diagnosis import MOST_ROWS, OTHERWISE_RIGHT, StageDifference, differing_codes, first_difference
+from .diagnosis import (
+    MOST_CODES,
+    MOST_ROWS,
+    OTHERWISE_RIGHT,
+    StageDifference,
+    differing_codes,
+    differing_values,
+    first_difference,
+)
 from .float_bound import beyond_dequantizer, beyond_float32, beyond_quantizer, beyond_sum
 from .loading import Model, load_model
 from .model import exported_norms
@@ -152,20 +161,27 @@ class Verifier:
         if total is not None and place.codes_sum is not None:
             check.codes += total.size
             wanted, got = (_rows(array, spec) for array in (total, values[place.codes_sum]))
-            check.mismatches += int(np.count_nonzero(wanted != got))
-            if check.beyond is not None:
-                check.beyond += int(np.count_nonzero(beyond_sum(spec, operands, got) & (wanted != got)))
+            self._count(check, "sum_output", wanted, got, lambda: beyond_sum(spec, operands, got))
         if not np.array_equal(expected, codes_out):
-            wanted, got = (_rows(array, spec) for array in (expected, codes_out))
-            check.mismatches += int(np.count_nonzero(wanted != got))
-            check.largest = max(check.largest, int(np.max(np.abs(wanted.astype(np.int64) - got))))
-            if check.beyond is not None:
-                check.beyond += int(np.count_nonzero(beyond_float32(spec, operands, got) & (wanted != got)))
-            if not check.differences:
-                check.differences = differing_codes(self._feeds, wanted, got)
-                check.stage = self._first_stage(place, stages, values, feed) if check.beyond is None else None
+            wanted, out = (_rows(array, spec) for array in (expected, codes_out))
+            self._count(check, "output", wanted, out, lambda: beyond_float32(spec, operands, out))
+            if not check.largest and check.beyond is None:
+                check.stage = self._first_stage(place, stages, values, feed)
+            check.largest = max(check.largest, int(np.max(np.abs(wanted.astype(np.int64) - out))))
         for side in place.sides:
             self._compare_border(check, kernel, side, values)
+
+    def _count(
+        self, check: NormCheck, side: str, expected: npt.NDArray[Any], got: npt.NDArray[Any],
+        beyond: Callable[[], npt.NDArray[np.bool_]],
+    ) -> None:  # fmt: skip
+        """Count the codes that differ; of a float norm, list those that no float32 norm gives."""
+        bad = expected != got
+        check.mismatches += int(np.count_nonzero(bad))
+        if check.beyond is not None and bad.any():
+            bad &= beyond()
+            check.beyond += int(np.count_nonzero(bad))
+        check.differences += differing_codes(side, self._feeds, bad, expected, got, MOST_CODES - len(check.differences))
 
     def _compare_border(
         self, check: NormCheck, kernel: FxpLayerNorm, side: Side, values: Mapping[str, npt.NDArray[Any]]
@@ -175,15 +191,19 @@ class Verifier:
         if x is None or x.dtype != np.float32 or params is None:
             return
         try:
-            bad = kernel.quantize(x, params) != codes if side.enters else kernel.dequantize(codes, params) != x
+            expected = kernel.quantize(x, params) if side.enters else kernel.dequantize(codes, params)
         except InputError as error:
             raise DataError(
                 f"the norm {check.name!r} reads {side.real!r}, of which {error}; verify with data that keep it finite"
             ) from error
+        pairs = (x, codes) if side.enters else (codes, x)
+        of, got, expected = (_rows(array, kernel.spec) for array in (*pairs, expected))
+        bad = got != expected
         check.border_mismatches += int(np.count_nonzero(bad))
-        bad_rows, reals, got = (_rows(array, kernel.spec) for array in (bad, x, codes))
-        beyond = beyond_quantizer(params, reals, got) if side.enters else beyond_dequantizer(params, got, reals)
-        check.border_beyond += int(np.count_nonzero(bad_rows & beyond))
+        beyond = bad & (beyond_quantizer if side.enters else beyond_dequantizer)(params, of, got)
+        check.border_beyond += int(np.count_nonzero(beyond))
+        if not check.border_differences:
+            check.border_differences = differing_values(side.role, self._feeds, beyond, of, expected, got)
 
     def _first_stage(
         self, place: ExportedNorm, stages: Mapping[str, str], values: Mapping[str, npt.NDArray[Any]], feed: Feed
@@ -205,7 +225,11 @@ class Verifier:
             if stage.size and stage.size % len(got) == 0:  # else it is a constant of the function
                 held[letter] = stage.reshape(len(got), -1)[wrong]
         operands = [_rows(values[side.codes], spec)[wrong] for side in place.sides if side.enters]
-        return first_difference(spec, place.word, operands, got[wrong], held) if held else None
+        if not held:
+            return None
+        found = first_difference(spec, place.word, operands, got[wrong], held)
+        name = place.codes_out if found.stage == "y" else stages.get(found.value, "")
+        return replace(found, value=name, row=None if found.row is None else int(wrong[found.row]))
 
 
 def _expected(

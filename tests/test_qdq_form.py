@@ -191,7 +191,7 @@ def test_verification_fails_where_no_float32_norm_would_go() -> None:
     assert (first.passed, second.passed) == (True, False)
     assert second.largest == 1
     assert 0 < (second.beyond or 0) <= second.mismatches
-    assert len(second.differences) == 5
+    assert (len(first.differences), len(second.differences)) == (0, 5)  # what a float32 norm gives is none
     assert second.stage is None
 
 

@@ -157,6 +157,7 @@ def test_a_changed_sum_is_seen() -> None:
     constant.attribute[0].t.CopyFrom(numpy_helper.from_array(np.array(100, dtype=np.int32)))
     result = export.verify(model, exported, params, Feeds(feed))
     assert [norm.mismatches > 0 for norm in result.norms] == [True, False]
+    assert {(code.side, code.got) for code in result.norms[0].differences} == {("sum_output", 100)}
 
 
 def test_the_first_stage_behind_a_sum_is_named() -> None:

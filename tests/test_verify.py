@@ -86,7 +86,7 @@ def test_the_first_stage_that_differs_is_named(
     assert (first.mismatches, first.differences, first.stage) == (0, [], None)
     assert second.mismatches > 0
     assert second.stage is not None
-    assert second.stage.stage == stage
+    assert (second.stage.stage, second.stage.value) == (stage, f"norm1/{stage}")
     right = second.stage.expected or 0
     assert second.stage.got == (-right if change is negated else 2 * right)
     assert 0 < second.stage.differ <= second.stage.values
@@ -137,6 +137,14 @@ def test_the_first_codes_that_differ_are_listed(model: onnx.ModelProto, params: 
         assert difference.got != difference.expected
 
 
+def one_rounded(values: Array) -> Array:
+    """Return values of which one is rounded to float16, and differs by more than one."""
+    rounded, values = values.astype(np.float16), values.copy()
+    where = tuple(np.argwhere(np.abs(rounded.astype(values.dtype) - values) > 1)[0])
+    values[where] = rounded[where]
+    return values
+
+
 CARRIERS: dict[str, tuple[str, Callable[[Array], Array], str]] = {
     "32 bits": ("V", lambda v: v.astype(np.int32), "wrapped to 32 bits: the consumer has no 64-bit integers"),
     "saturation": ("V", lambda v: np.minimum(v, 2**31 - 1), "saturated to 32 bits. Words with narrower"),
@@ -146,8 +154,10 @@ CARRIERS: dict[str, tuple[str, Callable[[Array], Array], str]] = {
     "rounding": ("R", lambda v: v - 1, "All are off by one"),
     "anything": ("V", lambda v: v * 3, "floats carry integers to 2^24 only. Words with narrower"),
     "anything small": ("r", lambda v: v * 0 + 7, "should be"),
-    "unsigned integers": ("u", lambda v: v.astype(np.int64) * 0 + 2**32 - 7, "the first is -7 and"),
+    "unsigned integers": ("u", lambda v: v.astype(np.int64) * 0 + 2**32 - 7, "the first, in row 0, is -7 and"),
     "a division by zero": ("t", lambda v: v / 0.0, "not finite"),
+    "one value, as float16 would have it": ("t", one_rounded, "No stage before it differs: see the operators"),
+    "another shape": ("S", lambda v: np.repeat(v, 2, axis=-1), "S has 2 values a row; it must have 1"),
 }  # fmt: skip
 
 
@@ -237,6 +247,12 @@ def test_a_quantizer_that_rounds_otherwise_is_no_error_of_the_norm() -> None:
     checked = export.verify(norm, exported, params, Feeds(feed), results=results(np.floor(feed["x"] / step)))
     assert (checked.passed, checked.norms[0].mismatches) == (False, 0)
     assert 0 < checked.norms[0].border_beyond < checked.norms[0].border_mismatches
+    assert len(checked.norms[0].border_differences) == 5
+    for difference in checked.norms[0].border_differences:
+        of = feed["x"].reshape(-1, N)[difference.row, difference.channel]
+        assert (difference.side, difference.feed, difference.of) == ("input", 0, of)
+        assert difference.got == np.floor(of / step) + spec.input.zero_point
+        assert difference.expected == spec.input.quantize(np.array(of))
 
 
 def test_a_dequantizer_that_subtracts_behind_the_product_is_no_error() -> None:
@@ -374,6 +390,6 @@ def test_command_line(model: onnx.ModelProto, params: ModelParams, tmp_path: Pat
     assert "t, the normalized value" in " ".join(result.stdout.split())
     first, second = json.loads(run(*arguments, "--json", code=1).stdout)["norms"]
     assert first["stage"]["stage"] == "t"
-    assert {"feed", "row", "channel", "expected", "got"} == set(first["differences"][0])
+    assert {"side", "feed", "row", "channel", "expected", "got"} == set(first["differences"][0])
     assert second["stage"] is None
     assert second["differences"] == []

@@ -83,9 +83,18 @@ def _failures(result: Verification) -> list[Group]:
     """Return tables of what differs."""
     codes = [(norm.name, *vars(code).values()) for norm in result.norms for code in norm.differences]
     stages = [(norm.name, str(norm.stage)) for norm in result.norms if norm.stage is not None]
-    columns = ("norm", "feed", "row", "channel", "expected", "got")
-    tables = [common.table("The first codes that differ", columns, codes)] if codes else []
-    return [*tables, common.table("The first stage that differs", ("norm", "stage"), stages)] if stages else tables
+    border = [(norm.name, *vars(value).values()) for norm in result.norms for value in norm.border_differences]
+    where = ("norm", "side", "feed", "row", "channel")
+    tables = [
+        ("The first codes that differ", (*where, "expected", "got"), codes),
+        ("The first stage that differs", ("norm", "stage"), stages),
+        (
+            "The first at the border that no float32 quantizer gives: see its scale, zero point and precision",
+            (*where, "of", "expected", "got"),
+            border,
+        ),
+    ]
+    return [common.table(title, columns, rows) for title, columns, rows in tables if rows]
 
 
 def document(result: Verification) -> dict[str, Any]:
@@ -98,6 +107,7 @@ def document(result: Verification) -> dict[str, Any]:
                 "border_mismatches": norm.border_mismatches, "border_beyond": norm.border_beyond,
                 "largest": norm.largest, "beyond": norm.beyond,
                 "differences": [vars(code) for code in norm.differences],
+                "border_differences": [vars(value) for value in norm.border_differences],
                 "stage": None if norm.stage is None else vars(norm.stage),
             }
             for norm in result.norms
@@ -114,5 +124,8 @@ def summary(result: Verification) -> str:
     border = sum(norm.border_mismatches for norm in result.norms)
     differ = f"{result.mismatches - border:,} of {result.codes:,} codes differ"
     beside = f", {border:,} at the border" if border else ""
-    floats = ", as float32's may" if result.passed and not result.exact else ""
+    beyond = sum(norm.border_beyond + (norm.beyond or 0) for norm in result.norms)
+    floats = f", {beyond:,} as no float32's may" if beyond else ""
+    if result.passed and not result.exact:
+        floats = ", as float32's may"
     return f"{common.count(len(result.norms), 'norm')}, {differ}{beside}{floats}"
