@@ -84,10 +84,8 @@ class NormCalibration:
         seen, layer = self.observer, self.layer
         if not (seen.rows and addends.rows):
             raise DataError("there is no row to calibrate with")
-        _, own, other = np.intersect1d(seen.sample.ids, addends.sample.ids, return_indices=True)
-        total, first = (o.sample.rows()[at].astype(np.float64) for o, at in ((seen, own), (addends, other)))
-        expected, weights = self._normalized(total), self._input_weights(total)
-        folds = folds_of(seen.sample.ids[own])
+        total, first, ids = self._sums(addends)
+        expected, weights, folds = self._normalized(total), self._input_weights(total), folds_of(ids)
         smallest = search.smallest_input_scale(layer.n, layer.eps)
 
         def choose(values: Floats, observer: TensorObserver) -> QuantParams:
@@ -141,13 +139,30 @@ class NormCalibration:
             own += 1
         return np.asarray(np.maximum(squares * (1 - 2 * own / layer.n) + spread / layer.n, 0) / np.square(root))
 
-    def sqnr_db(self, spec: LayerNormSpec) -> float | None:
-        """Return the signal to quantization noise of a spec on a sample of the rows; None where one of them is 0."""
-        rows = self.observer.sample.rows()
-        expected = self._normalized(rows.astype(np.float64))
-        norm = FxpLayerNorm(spec)
-        codes = norm(shaped(self.layer, spec.input.quantize(rows)))
+    def _sums(self, addends: NormObserver) -> tuple[Floats, Floats, npt.NDArray[np.uint64]]:
+        """Return a sample of the rows, their first addends, and their numbers."""
+        seen, both = self.observer.sample, addends.sample
+        ids, own, other = np.intersect1d(seen.ids, both.ids, return_indices=True)
+        return seen.rows()[own].astype(np.float64), both.rows()[other].astype(np.float64), ids
+
+    def sqnr_db(self, spec: LayerNormSpec, addends: NormObserver | None = None) -> float | None:
+        """Return the signal to quantization noise of a spec on a sample of the rows; None where one of them is 0.
+
+        `addends` has seen what a spec with a residual adds; without, there is no figure for such a spec.
+        """
+        if spec.residual is None:
+            rows: Rows = self.observer.sample.rows()
+            operands = [rows]
+        elif addends is None:
+            return None
+        else:
+            rows, first, _ = self._sums(addends)
+            operands = [first, rows - first]
+        quantized = [params.quantize(values) for params, values in zip(spec.operands, operands, strict=True)]
+        first_codes, *second_codes = (shaped(self.layer, each) for each in quantized)
+        codes = FxpLayerNorm(spec)(first_codes, residual=second_codes[0] if second_codes else None)
         codes = to_rows(codes, spec.normalized_shape, spec.axes)
+        expected = self._normalized(rows.astype(np.float64))
         signal, noise = _power(expected), _power(spec.output.dequantize(codes) - expected)
         return 10 * math.log10(signal / noise) if signal and noise else None
 

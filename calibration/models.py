@@ -204,7 +204,7 @@ class ModelCalibration:
                     name=norm.name, input=norm.input, output=norm.output, rows=seen.rows, left_out=seen.left_out,
                     input_record=side_record(options.input if free else None, seen.input),
                     output_record=side_record(options.output if free else None, seen.output),
-                    sqnr_db=calibration.sqnr_db(spec) if spec.residual is None else None, spec=spec,
+                    sqnr_db=calibration.sqnr_db(spec, self._seen.norms.get(_addends(norm.name))), spec=spec,
                 )
             )  # fmt: skip
             warnings += find_warnings(norm, seen)

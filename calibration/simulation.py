@@ -27,8 +27,8 @@ from ..runtime import Feed, Session
 from ..spec import LayerNormSpec
 
 _PREFIX = "fxp_layernorm.simulated"
-#: A step so fine that float32 values pass as they are, and the largest code that is not infinite.
-_UNQUANTIZED_STEP, _UNQUANTIZED_CODE = 2.0**-40, float(np.finfo(np.float32).max)
+#: A step so fine that float32 values pass as they are, and codes that clip nothing, infinities neither.
+_UNQUANTIZED_STEP, _UNQUANTIZED_CODE = 2.0**-40, np.inf
 #: What may be quantized, in the order of `Sides.placed`.
 _PLACES = ("input", "output", "first", "second", "sum")
 

@@ -33,9 +33,11 @@ def find_warnings(norm: ObservedNorm, seen: NormObserver) -> Iterator[Calibratio
         yield warning(WarningKind.NOT_FINITE, bad_in | bad_out, text)
     none = np.zeros(norm.layer.n, dtype=np.bool_)
     if seen.rows < FEWEST_ROWS:
+        rows = "1 row" if seen.rows == 1 else f"{seen.rows} rows"
         text = (
-            f"only {seen.rows} rows: about {2 / (seen.rows + 1):.1%} of new ones go beyond a channel's observed range. "
-            f"No margin was added; calibrate with at least {FEWEST_ROWS} rows"
+            f"only {rows}: about {2 / (seen.rows + 1):.1%} of new ones go beyond a "
+            "channel's observed range. Only scales of the channels' own by the method mse have a margin for them, of a "
+            f"quarter; calibrate with at least {FEWEST_ROWS} rows"
         )
         yield warning(WarningKind.FEW_ROWS, none, text)
     constant = seen.input.ranges.low == seen.input.ranges.high

@@ -97,7 +97,8 @@ class NormParams:
         How the parameters of the input and the output were chosen.
     sqnr_db : float or None
         Signal to quantization noise of the integer norm, against the float norm of the same real rows, on a sample of
-        the observed rows: ``10*log10(sum(y**2) / sum((y_int - y)**2))``. None where the signal or the noise is 0.
+        the observed rows: ``10*log10(sum(y**2) / sum((y_int - y)**2))``. None where the signal or the noise is 0, or
+        where no rows were observed, or not the addends of a residual.
     spec : LayerNormSpec
     """
 

@@ -203,6 +203,17 @@ def test_doubtful_data_are_told_by_norm_and_channel(tmp_path: Path) -> None:
     assert ModelParams.load(tmp_path / "p.json") == params
 
 
+def test_noise_of_a_norm_that_adds_its_residual_is_told() -> None:
+    """It is that of the model's output, where that is the norm's."""
+    model = model_of("h = Mul(x, weight) t = Tanh(h) s = Add(h, t) " + norm(NODE, "s", "y"))
+    data = Feeds(bodies_data())
+    params = calibrate_model(model, data, fuse_residual=True)
+    (entry,) = params.norms
+    assert entry.spec.residual is not None
+    (output,) = fxp.export.verify(model, fxp.export.quantize_model(model, params), params, data).outputs
+    assert entry.sqnr_db == pytest.approx(output.sqnr_db, rel=1e-5)
+
+
 def test_data_without_doubts() -> None:
     x = np.random.default_rng(0).normal(size=(4, 64, N)).astype(np.float32)
     assert calibrate_model(model_with_norms(), Feeds({"x": x})).warnings == ()

@@ -165,7 +165,8 @@ def calibrate(
             outcome = model_output.Outcome(calibration.params(options))
         params = outcome.params
         skipped = {norm.name: norm.blocker or "" for norm in calibration.skipped}
-        source = f"{input_type} -> {output_type}, calibrated on {common.count(params.feeds, 'feed')}"
+        formats = f"{input_type} -> {output_type}" if goal is None else f"the cheapest formats for {goal}"
+        source = f"{formats}, calibrated on {common.count(params.feeds, 'feed')}"
     params.save(out)
     document = {
         "norms": [
