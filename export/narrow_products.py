@@ -148,7 +148,7 @@ class Products:
                 else:
                     ends = x_low, x_high
                 found = [x * int(c) for x in ends for c in (values.min(), values.max())]
-                low, high = low + min(found), high + max(found)
+                low, high = low + min(0, *found), high + max(0, *found)
         return low, high
 
     def write(self, xs: Sequence[Operand], channels: Mapping[str, Operand]) -> Operand:

@@ -78,12 +78,11 @@ class Rows:
         #: Where one sum doesn't hold the squares of u: those of q - z in groups of channels, by their exponents.
         self._groups = list[tuple[int, npt.NDArray[np.int64]]]()
         single = self._centred or int((4**exponents).sum()) * self._largest < LIMIT
-        self._lowest, self._highest = self._low * self._sum_of_powers, self._high * self._sum_of_powers
-        #: What keeps the mean's dividend positive, a multiple of n; and whether one number then holds it.
-        self._mean_shift = max(-(self._lowest // n), 0)
-        self._whole = self._highest + n * (self._mean_shift + 1) < LIMIT
+        self._sum_low, self._sum_high = self._low * self._sum_of_powers, self._high * self._sum_of_powers
+        #: Whether one sum holds u.
+        self._summed = max(-self._sum_low, self._sum_high) < LIMIT
         #: Whether u, or u - c, is split for its squares.
-        self._split = not single and (params.dtype.bits > 8 or not self._whole)
+        self._split = not single and (params.dtype.bits > 8 or not self._summed)
         if not single and not self._split:
             self._groups = _groups(exponents, self._largest)
         for index, (_, weights) in enumerate(self._groups):
@@ -117,26 +116,30 @@ class Rows:
     def _mean(self, u: Number) -> tuple[Number, Number, Number | None]:
         """(5): c, what the division leaves and half of n, and S where it is one number."""
         arithmetic, n = self._arithmetic, self._spec.n
-        if self._whole:
-            shift = self._mean_shift
-            S = self._sum(u, self._lowest, self._highest)
+        S = self._sum(u, self._sum_low, self._sum_high) if self._summed else None
+        one = arithmetic.constant(1)
+        shift = max(-(self._sum_low // n), 0)  # of the mean, to keep its dividend positive
+        if S is not None:
             self.stages["S"] = S.value
-            dividend = arithmetic.add(S, arithmetic.param("mean_offset", n * shift + n // 2))
-            (mean,), rest = arithmetic.divided(dividend, arithmetic.constant(1), None)
-            return arithmetic.sub(mean, arithmetic.param("mean_shift", shift)) if shift else mean, rest, S
-        bits = (max(-u.low, u.high).bit_length() + 1) // 2
-        lower, upper = self._parts_of(u, [bits])
-        dividends, shift = list[Number](), 0
-        for index, (part, half) in enumerate(((upper, 0), (lower, n // 2))):
-            S = self._sum(part, n * part.low, n * part.high)
-            self.stages[f"S.{bits}" if not index else "S"] = S.value
-            own = -part.low
-            dividends.append(arithmetic.add(S, arithmetic.param(f"mean_offset_{1 - index}", n * own + half)))
-            shift = (shift << bits) + own
-        (mean, last), rest = arithmetic.divided(dividends[0], arithmetic.constant(1), None, [(dividends[1], bits)])
+            if S.high + n * (shift + 1) < LIMIT:
+                dividend = arithmetic.add(S, arithmetic.param("mean_offset", n * shift + n // 2))
+                (mean,), rest = arithmetic.divided(dividend, one, None)
+                return arithmetic.sub(mean, arithmetic.param("mean_shift", shift)) if shift else mean, rest, S
+            bits = max(20 - n.bit_length(), 1)
+            upper, lower = arithmetic.split(S, 1 << bits)
+            lower = lower.within(-(1 << bits), 1 << bits)  # quotients of negative numbers may be rounded either way
+        else:
+            bits = (max(-u.low, u.high).bit_length() + 1) // 2
+            lower, upper = (self._sum(part, n * part.low, n * part.high) for part in self._parts_of(u, [bits]))
+            self.stages |= {"S": lower.value, f"S.{bits}": upper.value}
+        shifts = [-(part.low // n) for part in (lower, upper)]
+        offsets = [arithmetic.param(f"mean_offset_{k}", n * shifts[k] + (0 if k else n // 2)) for k in (0, 1)]
+        (mean, last), rest = arithmetic.divided(
+            arithmetic.add(upper, offsets[1]), one, None, [(arithmetic.add(lower, offsets[0]), bits)]
+        )
         mean = arithmetic.add(arithmetic.mul(mean, arithmetic.constant(1 << bits)), last)
-        c = arithmetic.sub(mean, arithmetic.param("mean_shift", shift))
-        return c.within(u.low, u.high), rest, None
+        c = arithmetic.sub(mean, arithmetic.param("mean_shift", (shifts[1] << bits) + shifts[0]))
+        return c.within(u.low, u.high), rest, S
 
     def _integers(self, q: Operand, channels: Mapping[str, Operand]) -> tuple[Number, Number]:
         """(0): the codes less the zero point, and u."""

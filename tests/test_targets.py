@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from targets.__main__ import CONSUMERS, FORMS, LENGTHS, OPSETS, WORDS, Answers, Case, rows_of_page, run, shorten
+from targets.__main__ import CONSUMERS, FORMS, LENGTHS, OPSETS, OTHERS, WORDS, Answers, Case, rows_of_page, run, shorten
 from targets.consumer import MODULES
 
 
@@ -61,8 +61,8 @@ def test_answers_are_told_in_few_words() -> None:
     partly = Answers(cases((False,)), [], dict.fromkeys(cases((True,)), "static shapes only"))
     assert str(partly) == "exact (static); refused (dynamic): static shapes only"
     assert str(Answers(cases(opsets=(17, 21)), cases(opsets=(13,)), {})) == "exact (opset 17, 21); **wrong** (opset 13)"
-    outliers = [Case("int24", "inline", 64, 17, d, 7) for d in (False, True)]
-    assert str(Answers(cases(), outliers, {})) == "exact (no channel exponents); **wrong** (channel exponents)"
+    outliers = [Case("int24", "inline", 64, 17, d, OTHERS[0]) for d in (False, True)]
+    assert str(Answers(cases(), outliers, {})) == "exact (plain codes); **wrong** (channel exponents)"
     assert str(Answers([*cases(), outliers[1]], outliers[:1], {})).endswith("**wrong** (channel exponents; static)")
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,8 @@ FORMS: dict[str, tuple[str, str | None]] = {
 }  # fmt: skip
 LENGTHS = (64, 120, 384, 768)
 OPSETS = (13, 17, 21)
+#: The codes of most models, int8 with one scale, and those of a few.
+PLAIN, *OTHERS = ("plain codes", "channel exponents", "a residual add", "16-bit codes")
 
 
 class Case(NamedTuple):
@@ -67,16 +69,18 @@ class Case(NamedTuple):
     n: int
     opset: int
     dynamic: bool
-    exponents: int = 0
+    codes: str = PLAIN
 
 
-#: The largest channel exponent of the cases that have any.
-EXPONENTS = 7
 CASES = [
     Case(*values)
-    for grid in ((LENGTHS, OPSETS, (False, True), (0,)), (LENGTHS[:1], OPSETS[1:2], (False, True), (EXPONENTS,)))
+    for grid in ((LENGTHS, OPSETS, (False, True), (PLAIN,)), (LENGTHS[:1], OPSETS[1:2], (False, True), OTHERS))
     for values in itertools.product(WORDS, FORMS, *grid)
 ]
+
+
+#: A spec, its rows of codes, and what its outputs are to be.
+_Task: TypeAlias = tuple[fxp.LayerNormSpec, list[npt.NDArray[Any]], list[npt.NDArray[Any]]]
 
 
 @dataclass
@@ -107,13 +111,13 @@ def _which(cases: list[Case], every: list[Case]) -> str:
     if len(cases) == len(every):
         return ""
     found = []
-    for name in ("exponents", "n", "opset", "dynamic"):
+    for name in ("codes", "n", "opset", "dynamic"):
         values = sorted({getattr(case, name) for case in cases})
         if len(values) == len({getattr(case, name) for case in every}):
             continue
         every = [case for case in every if getattr(case, name) in values]
-        if name == "exponents":
-            found.append("channel exponents" if values[0] else "no channel exponents")
+        if name == "codes":
+            found.append(", ".join(values))
         elif name == "dynamic":
             found.append("dynamic" if values[0] else "static")
         else:
@@ -121,24 +125,33 @@ def _which(cases: list[Case], every: list[Case]) -> str:
     return f"({'; '.join(found)})" if found else f"({len(cases)} cases)"
 
 
-def spec_and_rows(n: int, exponents: int = 0) -> tuple[fxp.LayerNormSpec, npt.NDArray[Any]]:
-    """Return a LayerNorm from int8 to int8 that every word holds, and rows that go to the ends of its values."""
+def spec_and_rows(n: int, codes: str = PLAIN) -> tuple[fxp.LayerNormSpec, list[npt.NDArray[Any]]]:
+    """Return a LayerNorm that every word holds, and rows that go to the ends of its values, for each operand."""
     rng = np.random.default_rng(n)
     layer = fxp.LayerNorm(n)
     layer.weight = np.exp(0.3 * rng.standard_normal(n)) * rng.choice([-1.0, 1.0], n)
     layer.bias = 0.2 * rng.standard_normal(n)
     side = fxp.QuantParams("int8", 16 / 255, -5)
-    wide = fxp.QuantParams("int8", 16 / 255, -5, rng.integers(0, exponents + 1, n)) if exponents else side
-    spec = fxp.plan(layer, wide, side, hardware="carried24")
-    k = np.arange(n)
+    if codes == "16-bit codes":
+        side = fxp.QuantParams("uint16", 16 / 65535, 1 << 15)
+    exponents = rng.integers(0, 8, n) if codes == "channel exponents" else None
+    added = codes == "a residual add"
+    spec = fxp.plan(
+        layer, fxp.QuantParams(side.dtype, side.scale, side.zero_point, exponents), side, hardware="carried24",
+        residual=fxp.QuantParams("int8", 10 / 255, 7) if added else None,
+        sum_output=fxp.QuantParams("int8", 20 / 255, 3) if added else None,
+    )  # fmt: skip
+    k, low, high = np.arange(n), side.lo, side.hi
     ends = [
-        np.where(k < n // 2, 127, -128), np.where(k == n - 1, 127, -128), np.where(k == n - 1, 126, 127),
-        np.where(k == 0, -128, 127), np.where(k % 2 == 0, -128, 127), np.full(n, 127), np.full(n, -128),
-        -128 + 255 * k // (n - 1), 127 - rng.integers(0, 2, n), rng.integers(0, 2, n) - 128,
+        np.where(k < n // 2, high, low), np.where(k == n - 1, high, low), np.where(k == n - 1, high - 1, high),
+        np.where(k == 0, low, high), np.where(k % 2 == 0, low, high), np.full(n, high), np.full(n, low),
+        low + (high - low) * k // (n - 1), high - rng.integers(0, 2, n), rng.integers(0, 2, n) + low,
     ]  # fmt: skip
     outliers = np.where(rng.random(n) < 0.02, 20.0, 1.0)
-    normal = np.clip(np.rint(rng.standard_normal((8, n)) * outliers * 5 - 5), -128, 127)
-    return spec, np.concatenate([ends, normal, rng.integers(-128, 128, (6, n))]).astype(np.int8)
+    unit = (high - low) / 51
+    normal = np.clip(np.rint(rng.standard_normal((8, n)) * outliers * unit + side.zero_point), low, high)
+    rows = np.concatenate([ends, normal, rng.integers(low, high, (6, n), endpoint=True)]).astype(side.dtype.numpy)
+    return spec, [rows, rows[::-1].copy()] if added else [rows]
 
 
 class Consumer:
@@ -204,10 +217,15 @@ def run(name: str, python: Path, cases: list[Case], jobs: int = 1) -> dict[tuple
     found: dict[tuple[str, str], Answers] = {}
     for case in cases:
         found.setdefault((case.word, case.form), Answers([], [], {}))
-    keys = {(case.n, case.exponents) for case in cases}
-    tasks = {key: (*values, reference.run(*values)) for key in keys for values in [spec_and_rows(*key)]}
+    keys = {(case.n, case.codes) for case in cases}
+    tasks = dict[tuple[int, str], _Task]()
+    for key in keys:
+        spec, rows = spec_and_rows(*key)
+        run_spec = reference.run_with_sum if spec.sum_output is not None else reference.run
+        wanted = run_spec(spec, *rows)
+        tasks[key] = spec, rows, list(wanted) if isinstance(wanted, tuple) else [wanted]
     # what takes longest doesn't come last
-    left = sorted(cases, key=lambda case: (case.exponents, case.n))
+    left = sorted(cases, key=lambda case: (case.codes != PLAIN, case.n))
     with ThreadPoolExecutor(jobs) as pool:
         for answers in pool.map(lambda _: _work(name, python, left, tasks), range(jobs)):
             for case, outcome in answers.items():
@@ -219,9 +237,7 @@ def run(name: str, python: Path, cases: list[Case], jobs: int = 1) -> dict[tuple
     return found
 
 
-def _work(
-    name: str, python: Path, left: list[Case], tasks: dict[tuple[int, int], tuple[Any, ...]]
-) -> dict[Case, bool | str]:
+def _work(name: str, python: Path, left: list[Case], tasks: dict[tuple[int, str], _Task]) -> dict[Case, bool | str]:
     """Take cases from the end of the list while there are any: whether each is exact, or why it was refused."""
     done: dict[Case, bool | str] = {}
     consumer = Consumer(name, python)
@@ -232,11 +248,13 @@ def _work(
         }
         while left:
             case = left.pop()
-            spec, q, wanted = tasks[case.n, case.exponents]
+            spec, rows, wanted = tasks[case.n, case.codes]
             form, io = FORMS[case.form]
-            leading = ("rows",) if case.dynamic else (len(q),)
+            leading = ("rows",) if case.dynamic else (len(rows[0]),)
             onnx.save(to_onnx(spec, case.word, form, leading=leading, io=io, opset=case.opset), paths["model"])
-            np.savez(paths["inputs"], q=q.astype(io or q.dtype))
+            operands = zip(("q", "residual"), rows, strict=False)
+            feed: dict[str, Any] = {key: codes.astype(io or codes.dtype) for key, codes in operands}
+            np.savez(paths["inputs"], **feed)
             for old in ("outputs", "error"):
                 Path(paths["outputs"] + (".error" if old == "error" else "")).unlink(missing_ok=True)
             error = consumer.run({**paths, "seconds": SECONDS})
@@ -244,8 +262,11 @@ def _work(
                 done[case] = shorten(error, folder)
                 continue
             with np.load(paths["outputs"]) as file:
-                y = file["arr_0"]
-                done[case] = bool(np.array_equal(y, wanted) and y.dtype == (io or wanted.dtype))
+                found = [file[key] for key in file.files]
+                done[case] = len(found) == len(wanted) and all(
+                    np.array_equal(y, codes) and y.dtype == (io or codes.dtype)
+                    for y, codes in zip(found, wanted, strict=True)
+                )
     consumer.close()
     return done
 

@@ -27,11 +27,23 @@ def cost_tables() -> list[str]:
     narrow = fxp.plan(layer, side, side, hardware="carried24")
     fine_narrow = fxp.plan(layer, side, side, hardware="carried24", max_excess=0.06)
     wide_narrow = fxp.plan(layer, exponents, side, hardware="carried24")
+    added, total = fxp.QuantParams("int8", 10 / 255), fxp.QuantParams("int8", 20 / 255)
+    wide = [
+        ("int8 + int8 to int8", fxp.plan(layer, side, side, residual=added, hardware="carried24")),
+        (
+            "the same, and the sum",
+            fxp.plan(layer, side, side, residual=added, sum_output=total, hardware="carried24"),
+        ),
+        ("int8 to int16", fxp.plan(layer, side, fine, hardware="carried24")),
+        ("int16 to int8", fxp.plan(layer, fine, side, hardware="carried24")),
+        ("int16", fxp.plan(layer, fine, fine, hardware="carried24")),
+    ]
     cases = [
         ("float24, int8", "float24", narrow), ("int24, int8", "int24", narrow),
         ("float24, int8, two products", "float24", fine_narrow), ("int24, int8, two products", "int24", fine_narrow),
         ("float24, int8, exponents to 7", "float24", wide_narrow),
         ("int24, int8, exponents to 7", "int24", wide_narrow),
+        *((f"{word}, {name}", word, spec) for name, spec in wide for word in ("float24", "int24")),
         ("int64, int8, carried24", "int64", narrow),
         ("int64, int8, lane 32", "int64", fxp.plan(layer, side, side, lane=32)),
         ("int64, int8, exponents to 7, lane 32", "int64", fxp.plan(layer, exponents, side, lane=32)),
@@ -41,15 +53,20 @@ def cost_tables() -> list[str]:
     sessions = [_session(_fused(layer)), *(_session(model) for _, model, _ in models)]
     feeds = [{"q": rng.standard_normal((ROWS, N)).astype(np.float32)}]
     feeds += [
-        {"q": rng.integers(spec.input.lo, spec.input.hi, (ROWS, N), dtype=spec.input.dtype.numpy)}
+        {
+            name: rng.integers(params.lo, params.hi, (ROWS, N), dtype=params.dtype.numpy)
+            for name, params in zip(("q", "residual"), spec.operands, strict=False)
+        }
         for _, _, spec in models
     ]
     best = [np.inf] * len(sessions)
     for _ in range(ROUNDS):
         for index, (session, feed) in enumerate(zip(sessions, feeds, strict=True)):
             binding = session.io_binding()
-            binding.bind_cpu_input("q", feed["q"])
-            binding.bind_output("y")
+            for name, codes in feed.items():
+                binding.bind_cpu_input(name, codes)
+            for output in session.get_outputs():
+                binding.bind_output(output.name)
             for _ in range(RUNS):
                 start = time.perf_counter()
                 session.run_with_iobinding(binding)
