@@ -1,7 +1,7 @@
 """Integers below 2**24, carried in int32 or in float32: each operation follows the bounds of what it computes.
 
 int32 divides with Div, which truncates, and gets no negative dividend, but where either rounding will do; float32 makes
-a quotient whole with Floor. There a quotient of integers below 2**24, rounded correctly, has the floor of the exact one;
+a quotient whole with Floor. There a quotient of integers below 2**24, rounded correctly, has the floor of the exact;
 for the constant n, whose reciprocal compilers like to multiply by, that is done here, where it is exact.
 """
 
