@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -137,11 +138,16 @@ class Evaluator:
     def run(self, nodes: Iterable[ir.Node], x: ir.Value, value: Array) -> dict[ir.Value, Array]:
         """Return x and what nodes compute of its value; those that fail on its shape are left out.
 
-        What nodes need of the shapes of other values is known where these have dimensions of x, by name.
+        What nodes need of the shapes of other values is known where these have dimensions of x, by name. Where x has
+        one such dimension only, other names are taken for it, too, as shape inference loses sight of which are equal:
+        were they not, what is reshaped or expanded to them would not go with x.
         """
         values = {x: value}
         dims = list(x.shape) if x.shape is not None else []
         sizes = {str(dim): size for dim, size in zip(dims, value.shape, strict=False) if not isinstance(dim, int)}
+        if len(sizes) == 1:
+            (only,) = sizes.values()
+            sizes = defaultdict(lambda: only, sizes)
         for node in nodes:
             try:
                 self._compute(node, values, sizes)

@@ -493,6 +493,19 @@ def test_shapes_that_are_not_known() -> None:
     ]
 
 
+def test_sizes_of_other_names() -> None:
+    """Shape inference loses sight of what is equal, as behind a Slice: JAX exports expand statistics to such shapes."""
+    text = (
+        "w = Slice(h, first, many, first) f = Shape(x) m1 = ReduceMean<axes = [-1], keepdims = 0>(w) "
+        "b = Slice(f, first, two1) l = Concat<axis = 0>(b, ones) m2 = Reshape(m1, l) m = Expand(m2, l) d = Sub(w, m) "
+        "s = Mul(d, d) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) u = Div(d, r) " + AFFINE
+    )
+    model = model_of(text, many=np.array([1 << 40]), two1=np.array([2]))
+    (norm,) = find(model)
+    assert (norm.input, norm.output, norm.normalized_shape, norm.blocker) == ("w", "o", (N,), None)
+    assert_replaced(model, data_of(2, 5, N))
+
+
 def test_two_axes() -> None:
     text = LAYERNORMS["torch"][0].replace("gamma", "matrix").replace("beta", "matrix")
     for opset in (14, 18):
