@@ -84,7 +84,7 @@ class Fitter:
             limits |= {replace(one, least=root) for one in roots if not one.epsilon}
             for limit in limits - known:
                 square = limit.inner(probe)[1]
-                if _like(result, shape, square) and _close(result, limit.divisor(square), shape):
+                if _like(result, shape, square.size) and _close(result, limit.divisor(square), shape):
                     known.add(limit)
                     yield limit
 
@@ -158,9 +158,10 @@ class Fitter:
 def _matches(statistic: Statistic, probes: Sequence[Array], results: Sequence[Array]) -> Iterator[Statistic]:
     """Yield the statistic as it is, or with another divisor or factor, that gives these results."""
     shape, epsilon = probes[0].shape, statistic.epsilon
-    squares = [statistic.inner(probe)[1] for probe in probes]
-    if not all(_like(result, shape, square) for result, square in zip(results, squares, strict=True)):
+    rows = probes[0].size // statistic.count(probes[0])
+    if not all(_like(result, shape, rows) for result in results):
         return
+    squares = [statistic.inner(probe)[1] for probe in probes]
     limits = [statistic, replace(statistic, epsilon=0.0, least=math.sqrt(epsilon))] if epsilon else [statistic]
     for limit in limits:
         ratios = [_ratio(result - limit.epsilon, square) for result, square in zip(results, squares, strict=True)]
@@ -182,9 +183,9 @@ def _ratio(result: Array, square: Array) -> float | None:
     return factor if factor > 0 and np.allclose(ratios, factor, rtol=TOLERANCE, atol=0) else None
 
 
-def _like(statistic: Array, shape: tuple[int, ...], expected: Array) -> bool:
+def _like(statistic: Array, shape: tuple[int, ...], rows: int) -> bool:
     """Tell whether a statistic has one element a row, or is expanded to the shape of x."""
-    return statistic.size == expected.size or statistic.shape == shape
+    return statistic.size == rows or statistic.shape == shape
 
 
 def _close(statistic: Array, expected: Array, shape: tuple[int, ...]) -> bool:
