@@ -79,9 +79,12 @@ class Bounded:
     def too_wide(self, what: str) -> ModelError:
         """Return the error of a value that the word doesn't hold."""
         spec = self.spec
-        largest = max(spec.input.channel_exponents(spec.n))
-        codes = f"{spec.input.dtype} input" + (f" with exponents up to {largest}" if largest else "")
+        largest, bits = max(spec.input.channel_exponents(spec.n)), spec.input.dtype.bits
+        sums = f"{spec.row_stage.codes.largest.bit_length()}-bit sums"  # of an input stage
+        codes = sums if bits > 16 else f"{spec.input.dtype} input"
+        codes += f" with exponents up to {largest}" if largest else ""
         smaller = " and smaller exponents (calibrate --exponents N)" if largest else ""
+        smaller += " and codes of fewer bits, or shorter rows" if bits > 8 else ""
         return ModelError(
             f"the word {self.word} doesn't hold {what} of the spec with n = {spec.n}, {codes} and a lane of "
             f"{spec.lane} bits: it would reach 2^24; the word int64 does. For {self.word}, plan with "

@@ -24,6 +24,8 @@ ROOT_BITS, DIGIT = 18, 6
 #: By the upper 12 of a number's 24 bits: 2**k, where 4**k brings it to [2**22, 2**24).
 _TO_TOP = np.array([1 << (24 - max((k << 12).bit_length(), 13)) // 2 for k in range(1 << 12)])
 _TO_TOP_BITS = 5
+#: Powers of two up to this one are below the limit.
+_POWER_BITS = LIMIT.bit_length() - 2
 #: Lower bounds of a root, at most 4 too small, by the upper 10 of its argument's 24 bits.
 _ROOTS = np.array([max(int(np.sqrt(k << 14)), 1 << 11) for k in range(1 << 10)])
 
@@ -72,9 +74,15 @@ class Root:
 
     def reciprocal(self, Q: Squares, x: Number | None, *, centred: bool = False) -> Limbs:
         """Return R, with V0 = n*Q - x**2; `centred` tells that V0 is 0 only where Q is."""
+        spec = self._spec
         upper, lower, shifts = self._top_of(self._variance(Q, x, centred or x is None))
-        r = self.stages["r"] = self._root(upper, lower).value
-        R = self._reciprocal(Number(r, 1 << ROOT_BITS - 1, (1 << ROOT_BITS) - 1), shifts)
+        r = self._root(upper, lower).within(1 << ROOT_BITS - 1, (1 << ROOT_BITS) - 1)
+        # each part beyond the radicand's took 12 bits off V
+        exponent = spec.K + spec.h - DIGIT * (self._parts - 2)
+        if spec.A:
+            r, shifts, exponent = self._with_outer_epsilon(r, shifts, exponent)
+        self.stages["r"] = r.value
+        R = self._reciprocal(r, shifts, exponent)
         self.stages |= named("R", R)
         return R
 
@@ -251,19 +259,61 @@ class Root:
         root = arithmetic.add(arithmetic.mul(top, arithmetic.constant(1 << DIGIT)), digits)
         return arithmetic.sub(root, Number(over, 0, 1))
 
-    def _reciprocal(self, r: Number, shifts: list[Number]) -> Limbs:
-        """R: n * 2**(K+h) shifted over r, rounded: long division, with one bit more than R has."""
+    def _with_outer_epsilon(self, r: Number, shifts: list[Number], exponent: int) -> tuple[Number, list[Number], int]:
+        """Add eps outside the root: r >> (j-j') plus A >> (l-j') with j' = min(j, l), halved where it has a bit more.
+
+        The factors in `shifts` make 2**j, but for what is constant; those that are returned make 2**(j'+1), or 2**j'
+        where the sum was halved.
+        """
+        arithmetic, op, spec = self._arithmetic, self._arithmetic.writer.op, self._spec
+        one, most = arithmetic.constant(1), self._most_shift
+        at = spec.l + DIGIT * (self._parts - 2)  # the product of the factors that makes j equal to l, as a power of two
+        if most >= LIMIT.bit_length() - 1:
+            raise arithmetic.too_wide("the shifts of a root, with eps outside it,")
+        power, *others = shifts
+        for factor in others:
+            power = Number(op("Mul", power.value, factor.value), 1, 1 << most)
+        power = power.within(1, 1 << most)
+        added = arithmetic.param("A", spec.A >> max(at - _POWER_BITS, 0))
+        kept = power
+        if at > 0:
+            unit = arithmetic.param("A_unit", 1 << min(at, _POWER_BITS))
+            shift = arithmetic.quotient(unit, power, unit.high)  # 0 where j is above l
+            added = arithmetic.quotient(added, Number(op("Max", shift.value, one.value), 1, unit.high), added.high)
+        if 0 < at < most:
+            shift = arithmetic.quotient(power, unit, power.high)
+            r = arithmetic.quotient(r, Number(op("Max", shift.value, one.value), 1, power.high), r.high)
+            kept = Number(op("Min", power.value, unit.value), 1, unit.high)
+        elif at <= 0:  # j is not below l; shifts by all bits of r or more are alike
+            unit = arithmetic.param("A_unit", 1 << min(-at, ROOT_BITS))
+            longest = arithmetic.constant((1 << _POWER_BITS) // unit.high)
+            shift = Number(op("Min", power.value, longest.value), 1, min(power.high, longest.high))
+            r = arithmetic.quotient(r, arithmetic.mul(shift, unit), r.high)
+            kept, exponent = one, exponent + at
+        total = arithmetic.add(r, added)
+        over = arithmetic.floor(total, 1 << ROOT_BITS).within(0, 1)
+        r = arithmetic.quotient(total, arithmetic.add(over, one), (1 << ROOT_BITS) - 1)
+        kept = arithmetic.mul(kept, arithmetic.sub(arithmetic.constant(2), over))
+        self._most_shift = bits = kept.high.bit_length() - 1
+        factors = list[Number]()
+        for left in range(bits - DIGIT, 0, -DIGIT):
+            value = op("Min", kept.value, arithmetic.constant(1 << DIGIT).value)
+            factors.append(Number(value, 1, 1 << DIGIT))
+            kept = arithmetic.quotient(kept, factors[-1], 1 << left).within(1, 1 << left)
+        return r.within(1 << ROOT_BITS - 1, r.high), [*factors, kept], exponent - 1
+
+    def _reciprocal(self, r: Number, shifts: list[Number], exponent: int) -> Limbs:
+        """R: n * 2**exponent, shifted, over r, rounded: long division, with one bit more than R has."""
         arithmetic, spec, n = self._arithmetic, self._spec, self._spec.n
         low = sum(self._low) + 1 if self._low else 0  # bits that are not in the upper part of the quotient
         largest = int(spec.row_stage.r_max) + 1
         most = 2 * largest + 1 >> low
         if most >= LIMIT:
             raise arithmetic.too_wide("the quotient of R")
-        # each part beyond the radicand's took 12 bits off V
-        bits = spec.K + spec.h + 1 - DIGIT * (self._parts - 2) - low
+        bits = exponent + 1 - low
         capacities = {}
         for own in range(len(shifts)):  # how many factors of 64 have a step of their own
-            inside = min(self._most_shift, _TO_TOP_BITS + DIGIT * (len(shifts) - 1 - own))
+            inside = min(self._most_shift, sum(factor.high.bit_length() - 1 for factor in shifts[own:]))
             if (capacity := LIMIT.bit_length() - 1 - n.bit_length() - inside) >= 0:
                 capacities[own] = min(capacity, bits)
         if bits < 0 or not capacities:

@@ -47,6 +47,9 @@ def models(word: str) -> list[onnx.ModelProto]:
             wide = params_of("uint16")
             spec = fxp.plan(layer_of(NormKind.LAYERNORM, n), wide, wide, hardware="carried24")
             built.append(to_onnx(spec, word, form="function"))
+        outside = fxp.LayerNorm(64, eps=0.1, eps_outside=True)
+        spec = fxp.plan(outside, params_of("int8"), params_of("int8"), hardware="carried24")
+        built.append(to_onnx(spec, word, form="function"))
     flat = fxp.plan(fxp.LayerNorm((4, 6)), params_of("int8"), params_of("int8"), hardware="carried24")
     return [*built, to_onnx(flat, word), to_onnx(flat, word, form="function")]
 
