@@ -127,6 +127,10 @@ def main() -> None:
         read = {name: weighted(calibration.calibration(name), options, weights[name]) for name in calibration.names}
         print(f"| {heading} | what reads it | {judge.row(read)}", flush=True)
     options = CalibrationOptions()
+    adding = ModelCalibration(demo.model_path(), fuse_residual=True)
+    adding.observe(feeds)
+    choice = {norm.name: Sides.of(norm.spec) for norm in adding.params(options).norms}
+    print(f"| {next(iter(SHARING))}, residuals fused | the norm's output | {judge.row(choice)}", flush=True)
     objective = ModelObjective(demo.model_path(), calibration.names, feeds, residuals=True)
     tuned, _ = tune_model(calibration, objective, calibration.params(options), options)
     choice = {norm.name: Sides.of(norm.spec) for norm in tuned.norms}

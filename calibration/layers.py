@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ..axes import to_rows
-from ..errors import DataError, FxpError
+from ..errors import DataError, FxpError, PlanError
 from ..inference import FxpLayerNorm
 from ..layer import LayerNorm, RMSNorm
 from ..planner import plan
@@ -67,7 +67,12 @@ class NormCalibration:
         return search.choose(self.observer.output, options.output, sample, smallest)
 
     def spec_with_residual(
-        self, options: CalibrationOptions, addends: NormObserver, *, with_sum: bool
+        self,
+        options: CalibrationOptions,
+        addends: NormObserver,
+        *,
+        with_sum: bool,
+        codes: tuple[QuantParams | None, QuantParams | None] = (None, None),
     ) -> LayerNormSpec:
         """Return the spec that adds a residual before it normalizes.
 
@@ -80,6 +85,9 @@ class NormCalibration:
         addends : NormObserver
         with_sum : bool
             Whether the sum is an output too, as 16-bit codes of one scale.
+        codes : pair of QuantParams or None
+            The parameters of codes that an addend comes from. They are the addend's too, which then is rounded once and
+            not twice, unless no sum holds them as well as parameters of its own.
         """
         seen, layer = self.observer, self.layer
         if not (seen.rows and addends.rows):
@@ -95,13 +103,26 @@ class NormCalibration:
 
             return search.choose(observer, options.input, search.Sample(values, weights, folds, cost), smallest)
 
-        input, residual = choose(first, addends.input), choose(total - first, addends.output)
         sum_output = None
         if with_sum:
             side = SideOptions(DType.INT16, symmetric=True)
             sum_output = search.choose(seen.input, side, search.Sample(total, weights, folds))
         output = self._output(options, expected, folds)
-        return self.plan(input, output, options, residual=residual, sum_output=sum_output)
+        operands = [first, total - first]
+        own = [choose(values, each) for values, each in zip(operands, (addends.input, addends.output), strict=True)]
+        spec = self.plan(own[0], output, options, residual=own[1], sum_output=sum_output)
+        if codes == (None, None):
+            return spec
+        taken = [each or mine for each, mine in zip(codes, own, strict=True)]
+        try:
+            other = self.plan(taken[0], output, options, residual=taken[1], sum_output=sum_output)
+        except PlanError:
+            return spec
+        real = [
+            values if each is None else each.dequantize(each.quantize(values)).astype(np.float64)
+            for values, each in zip(operands, codes, strict=True)
+        ]
+        return min(other, spec, key=lambda tried: self._signal_and_noise(tried, real)[1])
 
     def plan(
         self,
@@ -151,20 +172,23 @@ class NormCalibration:
         `addends` has seen what a spec with a residual adds; without, there is no figure for such a spec.
         """
         if spec.residual is None:
-            rows: Rows = self.observer.sample.rows()
-            operands = [rows]
+            operands: list[Rows] = [self.observer.sample.rows()]
         elif addends is None:
             return None
         else:
-            rows, first, _ = self._sums(addends)
-            operands = [first, rows - first]
-        quantized = [params.quantize(values) for params, values in zip(spec.operands, operands, strict=True)]
-        first_codes, *second_codes = (shaped(self.layer, each) for each in quantized)
-        codes = FxpLayerNorm(spec)(first_codes, residual=second_codes[0] if second_codes else None)
-        codes = to_rows(codes, spec.normalized_shape, spec.axes)
-        expected = self._normalized(rows.astype(np.float64))
-        signal, noise = _power(expected), _power(spec.output.dequantize(codes) - expected)
+            total, first, _ = self._sums(addends)
+            operands = [first, total - first]
+        signal, noise = self._signal_and_noise(spec, operands)
         return 10 * math.log10(signal / noise) if signal and noise else None
+
+    def _signal_and_noise(self, spec: LayerNormSpec, operands: Sequence[Rows]) -> tuple[float, float]:
+        """Return the power of the norm's outputs for real operands of shape (rows, n), and that of their error."""
+        quantized = [params.quantize(values) for params, values in zip(spec.operands, operands, strict=True)]
+        first, *second = (shaped(self.layer, each) for each in quantized)
+        codes = FxpLayerNorm(spec)(first, residual=second[0] if second else None)
+        codes = to_rows(codes, spec.normalized_shape, spec.axes)
+        expected = self._normalized(np.sum(operands, axis=0, dtype=np.float64))
+        return _power(expected), _power(spec.output.dequantize(codes) - expected)
 
     def _normalized(self, rows: Rows) -> Floats:
         return self.layer.rows(self.layer(shaped(self.layer, rows))).astype(np.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,8 +13,8 @@ from ..export.loading import Model, load_model
 from ..export.norms import Norm, find_norms
 from ..export.qdq import find_border
 from ..export.residual import find_residual
-from ..params import CalibrationWarning, ModelParams, NormParams
-from ..quantization import DType
+from ..params import CalibrationWarning, ModelParams, NormParams, SideRecord
+from ..quantization import DType, QuantParams
 from ..runtime import FeedHash, Feeds
 from ..spec import LayerNormSpec
 from .engine import Engine, LocalEngine
@@ -158,7 +158,9 @@ class ModelCalibration:
         """Tell whether a norm can add a residual itself, and its addends are observed."""
         return name in self._adds
 
-    def spec(self, name: str, options: CalibrationOptions, *, fuse: bool) -> LayerNormSpec:
+    def spec(
+        self, name: str, options: CalibrationOptions, *, fuse: bool, made: Mapping[str, LayerNormSpec] | None = None
+    ) -> LayerNormSpec:
         """Return a norm's spec for what was observed.
 
         Parameters
@@ -168,6 +170,8 @@ class ModelCalibration:
             Norms between quantizers keep the types and scales that the model has for them.
         fuse : bool
             Whether the norm adds a residual itself where it can.
+        made : mapping of str to LayerNormSpec, optional
+            Of other norms, by name: an addend that is the output of one of them takes its codes as they are.
         """
         calibration, border = self.calibration(name), self._borders.get(name)
         try:
@@ -175,10 +179,29 @@ class ModelCalibration:
                 return border.plan(calibration.layer, options.lane, options.hardware)
             if not (fuse and self.can_fuse(name)):
                 return calibration.spec(options)
-            addends = self._seen.norms[_addends(name)]
-            return calibration.spec_with_residual(options, addends, with_sum=self._adds[name].shared)
+            add, addends = self._adds[name], self._seen.norms[_addends(name)]
+            first, second = (self._codes(value.name, name, options, made or {}) for value in add.addends)
+            return calibration.spec_with_residual(options, addends, with_sum=add.shared, codes=(first, second))
         except FxpError as error:
             raise type(error)(f"norm {name!r}: {error}") from error
+
+    def _codes(
+        self, value: str | None, reader: str, options: CalibrationOptions, made: Mapping[str, LayerNormSpec]
+    ) -> QuantParams | None:
+        """Return the parameters of the codes that a value comes from, where a norm of the same channels gives it."""
+        layer = self.calibration(reader).layer
+        for norm in self._observed:
+            if norm.output == value and norm.name in made and self.is_free(norm.name):
+                params = made[norm.name].output
+                alike = (norm.layer.normalized_shape, norm.layer.axes) == (layer.normalized_shape, layer.axes)
+                if alike and (params.dtype, params.lo) == (options.input.dtype, options.input.lo):
+                    return params
+        return None
+
+    def _taken_from(self, name: str, spec: LayerNormSpec, entries: Iterable[NormParams]) -> SideRecord | None:
+        """Return how the codes of a norm's first addend were chosen, where they are those of another norm's output."""
+        value = self._adds[name].addends[0].name if name in self._adds and spec.residual is not None else None
+        return next((e.output_record for e in entries if e.output == value and e.spec.output == spec.input), None)
 
     def params(self, options: CalibrationOptions | None = None) -> ModelParams:
         """Return the specs of all norms for what was observed, by default for codes of int8.
@@ -186,7 +209,9 @@ class ModelCalibration:
         Norms between quantizers keep the types and scales that the model has for them.
         """
         options = CalibrationOptions() if options is None else options
-        specs = {name: self.spec(name, options, fuse=self._fuse_residual) for name in self.names}
+        specs: dict[str, LayerNormSpec] = {}
+        for name in self.names:
+            specs[name] = self.spec(name, options, fuse=self._fuse_residual, made=specs)
         return self.assembled({name: (spec, options) for name, spec in specs.items()})
 
     def assembled(self, specs: Mapping[str, tuple[LayerNormSpec, CalibrationOptions]]) -> ModelParams:
@@ -202,7 +227,8 @@ class ModelCalibration:
             entries.append(
                 NormParams(
                     name=norm.name, input=norm.input, output=norm.output, rows=seen.rows, left_out=seen.left_out,
-                    input_record=side_record(options.input if free else None, seen.input),
+                    input_record=self._taken_from(norm.name, spec, entries)
+                    or side_record(options.input if free else None, seen.input),
                     output_record=side_record(options.output if free else None, seen.output),
                     sqnr_db=calibration.sqnr_db(spec, self._seen.norms.get(_addends(norm.name))), spec=spec,
                 )

@@ -76,7 +76,8 @@ _TYPES = click.Choice([dtype.value for dtype in DType if dtype.bits <= 16])
 )  # fmt: skip
 @click.option(
     "--fuse-residual", is_flag=True,
-    help="Where a norm follows the sum of two tensors, let it take the codes of both and add them itself.",
+    help="Where a norm follows the sum of two tensors, let it take the codes of both and add them itself; of another "
+    "norm's output, the codes that it has there.",
 )  # fmt: skip
 @click.option(
     "--lane", type=click.Choice(["24", "32", "64"]),
