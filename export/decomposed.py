@@ -27,8 +27,8 @@ from .statistic import Per, Statistic
 _REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"} | AVERAGES
 #: What a value of the same meaning passes through.
 _PASSING = {"Cast", "CastLike", "Identity", "Reshape", "Expand", "Squeeze", "Unsqueeze", "Transpose"}
-_AFFINE = {"Add", "Sub", "Mul", "Div"}
-_ARITHMETIC = _AFFINE | {"Pow", "Sqrt", "Reciprocal", "Neg", "Abs", "Max", "Min", "Clip", "Relu", "Sum"}
+_AFFINE = {"Add", "Sub", "Mul", "Div", "Neg", "Sum"}
+_ARITHMETIC = _AFFINE | {"Pow", "Sqrt", "Reciprocal", "Abs", "Max", "Min", "Clip", "Relu"}
 _SHAPES = {"Shape", "Size", "Gather", "Slice", "Concat", "ReduceProd", "ConstantOfShape"}
 #: Operators that normalize, of which a norm may be a part or made: TensorFlow's converter gives BatchNormalization the
 #: statistics of rows; exporters write one group's normalization as that of instances, between Reshapes.

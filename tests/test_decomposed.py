@@ -108,6 +108,8 @@ LAYERNORMS: dict[str, tuple[str, bool, bool]] = {
                  "u = Div(d, r) " + AFFINE, True, True),
     "smaller, for float16": (CENTRED + "w = Mul(d, quarter) s = Mul(w, w) v = MEAN(s) e = Mul(eps, sixteenth) "
                              "a = Add(v, e) r = Sqrt(a) u = Div(w, r) " + AFFINE, True, True),
+    "negated behind": ("m = MEAN(h) e = Sub(m, h) s = Mul(e, e) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) f = Div(e, r) "
+                       "u = Neg(f) g = Mul(u, gamma) o = Sum(g, beta)", True, True),
     "negated": ("m = MEAN(h) e = Sub(m, h) s = Mul(e, e) v = MEAN(s) a = Add(v, eps) r = Sqrt(a) f = Neg(e) "
                 "u = Div(f, r) " + AFFINE, True, True),
 }  # fmt: skip
