@@ -21,11 +21,14 @@ def p_most(spec: LayerNormSpec) -> int:
     return int(spec.row_stage.r_max) + spec.row_stage.codes.spread // 2 + 2 + (1 << spec.s1 - 1)
 
 
-def holds(spec: LayerNormSpec, t_bias: int, low: Sequence[int]) -> bool:
-    """Whether p stays below the limit, in units of the low parts of R, with what is added to t before."""
+def holds(spec: LayerNormSpec, t_bias: int, low: Sequence[int], *, halves: bool = False) -> bool:
+    """Whether p stays below the limit, in units of the low parts of R, with what is added to t before.
+
+    With halves of a unit, as float32 has them where half of one is added, it stays below half of the limit.
+    """
     p = p_most(spec) + (t_bias << spec.s1)
     # what the low parts add comes last, and is not above u
-    return (p >> sum(low)) + (_widest_u(spec) if low else 0) < LIMIT
+    return (p >> sum(low)) + (_widest_u(spec) if low else 0) << halves < LIMIT
 
 
 def low_bits(arithmetic: Bounded) -> tuple[int, ...]:
@@ -36,11 +39,11 @@ def low_bits(arithmetic: Bounded) -> tuple[int, ...]:
     ModelError
         If no parts of R are short enough.
     """
-    spec = arithmetic.spec
-    t_bias = 0 if arithmetic.floats else spec.row_stage.t_max(spec.s1)
-    if holds(spec, t_bias, ()):
+    spec, floats = arithmetic.spec, arithmetic.floats
+    t_bias = 0 if floats else spec.row_stage.t_max(spec.s1)
+    if spec.lane == 24 or holds(spec, t_bias, (), halves=floats):  # a lane of 24 bits has p below half of the limit
         return ()
-    total = next((bits for bits in range(1, spec.s1) if holds(spec, t_bias, (bits,))), 0)
+    total = next((bits for bits in range(1, spec.s1) if holds(spec, t_bias, (bits,), halves=floats)), 0)
     widest = ((LIMIT - 1) // _widest_u(spec) - 1).bit_length() - 1
     if not total or widest < 1:
         raise arithmetic.too_wide("the products of u and R")
