@@ -87,11 +87,14 @@ class Evaluator:
 
     def _is_uniform(self, node: ir.Node) -> bool:
         """Tell whether a node multiplies by one and the same number throughout; others are not read as a whole."""
-        weights = [value for value in node.inputs if value in self.constants]
+        weights = [value for value in node.inputs if value is not None and value in self.constants]
         for value in weights:
-            tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-            array = np.ravel(tensor.numpy()) if tensor is not None else np.empty(0)
-            if not array.size or array[0] != array[-1] or np.any(array != array[0]):
+            try:
+                array = constant(value) if ir.convenience.get_const_tensor(value) is not None else None
+            except ModelError:  # external data that are not there: a norm needs others
+                return False
+            flat = np.ravel(array) if array is not None else np.empty(0)
+            if not flat.size or flat[0] != flat[-1] or np.any(flat != flat[0]):
                 return False
         return bool(weights)
 
