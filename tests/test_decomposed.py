@@ -497,12 +497,12 @@ def test_shapes_that_are_not_known() -> None:
 
 def test_weights_that_are_not_there_are_no_means(tmp_path: Path) -> None:
     """External data may lie elsewhere while a model is inspected."""
-    text = "k = MatMul(h, weights) " + LAYERNORMS["torch"][0].replace("(h", "(k")
+    text = "w = MatMul(h, weights) " + LAYERNORMS["torch"][0].replace("(h", "(w")
     model = model_of(text, weights=RNG.normal(size=(N, N)).astype(np.float32))
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="gone", size_threshold=512)
     (tmp_path / "gone").unlink()
     (norm,) = export.find_norms(export.load_model(tmp_path / "model.onnx"))
-    assert (norm.input, norm.output, norm.blocker) == ("k", "o", None)
+    assert (norm.input, norm.output, norm.blocker) == ("w", "o", None)
 
 
 def test_sizes_of_other_names() -> None:
