@@ -38,7 +38,7 @@ def append(tape: Tape, spec: LayerNormSpec, operands: list[ir.Value], writing: W
     x = reals[0] if len(reals) == 1 else tape.op("Add", reals)
     x.type, x.shape = ir.TensorType(ir.DataType.FLOAT), operands[0].shape
     y = norm(tape, spec, x, writing.opset)
-    y.shape = x.shape
+    y.type, y.shape = x.type, x.shape
     codes_sum = None if spec.sum_output is None else quantize(tape, x, spec, spec.sum_output, writing)
     return Subgraph(quantize(tape, y, spec, spec.output, writing), codes_sum)
 

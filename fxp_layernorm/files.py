@@ -61,6 +61,8 @@ def _beside(path: str | Path) -> tuple[Path, Path]:
         os.close(handle)
     except OSError as error:
         raise InputError(f"{target} can't be written: {error.strerror}") from error
+    except InputError:
+        raise
     except ValueError as error:  # a name that no file can have
         raise InputError(f"{str(target)!r} can't be written: {error}") from error
     return target, Path(name)

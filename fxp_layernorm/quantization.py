@@ -180,12 +180,12 @@ class QuantParams:
         if not isinstance(self.narrow_range, bool):
             raise InputError(f"narrow_range is {self.narrow_range!r}; it must be true or false")
         scale = _scale(self.scale)
-        zero_points = []
+        zero_points, lo, hi = [], self.lo, self.hi
         for value in self.zero_point if isinstance(self.zero_point, tuple) else (self.zero_point,):
             zero_point = _integer(value)
-            if zero_point is None or not self.lo <= zero_point <= self.hi:
+            if zero_point is None or not lo <= zero_point <= hi:
                 what = "a channel's" if isinstance(self.zero_point, tuple) else "the"
-                raise InputError(f"{what} zero point is {value!r}; {dtype} codes go from {self.lo} to {self.hi}")
+                raise InputError(f"{what} zero point is {value!r}; {dtype} codes go from {lo} to {hi}")
             zero_points.append(zero_point)
         if not zero_points:
             raise InputError("the zero points are none; there must be one, or one a channel")

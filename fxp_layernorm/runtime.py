@@ -104,10 +104,15 @@ def _function(source: str) -> Callable[[], Iterable[Feed]]:
 def _read_npz(path: Path) -> Feed:
     try:
         with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, Mapping):
-                raise DataError(f"{path} holds a single array; a .npz with one array an input is expected")
-            return dict(archive)
+            if not zipfile.is_zipfile(file):
+                file.seek(0)
+                single = file.read(6) == b"\x93NUMPY"
+                what = "holds a single array" if single else "is no .npz file, or is cut short"
+                raise DataError(f"{path} {what}; write it with np.savez, one array an input")
+            file.seek(0)
+            return dict(np.load(file, allow_pickle=False))
+    except DataError:
+        raise
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} can't be read as a .npz file: {error}") from error
 

@@ -1,7 +1,8 @@
-"""What holds for the whole suite: a kernel cache of its own, and reproducible property tests."""
+"""What holds for the whole suite: a kernel cache of its own, reproducible property tests, and a patient collector."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from pathlib import Path
@@ -11,6 +12,9 @@ from hypothesis import settings
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
 settings.load_profile("reproducible")
+
+# By default garbage is looked for so often that a seventh of the suite's time goes by, as compilers hold many objects.
+gc.set_threshold(10_000)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -132,7 +132,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("calibrate", "{}/model.onnx", "--data", "{}/data", "-o", "{}/none/p.json"), "can't be written: No such file"
     ),
     "a folder in the file's place": (
-        ("export", "{}/model.onnx", "{}/params.json", "-o", "{}/data"), "is a folder"
+        ("export", "{}/model.onnx", "{}/params.json", "-o", "{}/data"), "Error: {}/data is a folder; name a file"
     ),
     "parameters that are truncated": (("export", "{}/model.onnx", "{}/cut.json", "-o", "{}/o.onnx"), "cut short"),
     "parameters of a later schema": (
@@ -155,6 +155,10 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "a feed beside the report": (
         ("report", "{}/model.onnx", "{}/params.json", "--data", "{}/data", "-o", "{}/data/0.html"),
         "0.npz is read, and would be",
+    ),
+    "the model as the probe": (
+        ("verify", "{}/model.onnx", "{}/out.onnx", "{}/params.json", "--data", "{}/data", "--probe", "{}/model.onnx"),
+        "model.onnx is read, and would be",
     ),
     "an array beyond memory": (
         ("calibrate", "{}/model.onnx", "--data", "{}/vast.npz", "-o", "{}/p.json"), "vast.npz can't be read"
@@ -200,7 +204,7 @@ def test_bad_use_is_told_in_a_line_or_two(case: str, bad_folder: Path) -> None:
     arguments, message = BAD[case]
     before = {path: path.read_bytes() for path in bad_folder.rglob("*") if path.is_file()}
     result = run(*(argument.format(bad_folder) for argument in arguments), code=2)
-    assert message in result.stderr
+    assert message.format(bad_folder) in result.stderr
     assert result.stdout == ""
     assert len([line for line in result.stderr.splitlines() if line.startswith("Error")]) == 1
     assert {path: path.read_bytes() for path in bad_folder.rglob("*") if path.is_file()} == before

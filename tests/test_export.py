@@ -61,6 +61,7 @@ def test_replaced_norms_are_exact(case: str, form: str) -> None:
     onnx.checker.check_model(exported, full_check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("types", [("int4", "int4"), ("uint6", "int2"), ("int12", "uint10"), ("int9", "int16")])
 def test_codes_narrower_than_their_array(types: tuple[str, str]) -> None:
     """They are clipped to their own range at the border; being few, they leave many bits behind the point."""

@@ -283,7 +283,7 @@ def _point(
     tried: Format, norms: list[tuple[LayerNormSpec, int]], check: OutputCheck, command: Command, lane: int | None
 ) -> Point:
     if check.max_abs is None:
-        raise DataError(f"the output {check.name} has NaN or infinite values that the float one has not")
+        raise DataError(f"the output {check.name} has NaN or infinite values in one of the two models only")
     options: dict[str, object] = {
         "input": tried.input.value, "output": tried.output.value, "method": tried.method.value,
         "exponents": tried.exponents, **({"lane": lane} if lane else {}),

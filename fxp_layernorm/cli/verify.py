@@ -46,11 +46,16 @@ def verify(
       fxp-layernorm verify model.onnx integer.onnx params.json --data feeds/ --probe probe.onnx
       fxp-layernorm verify model.onnx integer.onnx params.json --data feeds/ --results device/
     """
+    from .. import files
     from ..export import export_probe, exported_norms, load_model
     from ..export import verify as run
     from ..runtime import Feeds
 
     output = common.Output(as_json)
+    if probe is not None:
+        files.check_writable(probe)
+        written = [probe, probe.with_name(f"{probe.name}.data")]
+        common.check_apart(written, [model, out, params, data, results])
     word = "" if params is not None else next((norm.word for norm in exported_norms(load_model(out))), "int64")
     feeds, loaded = Feeds(data), common.parameters(model, params, word)
     with output.progress("Verifying", len(feeds)) as advance:

@@ -11,6 +11,7 @@ fill the vectors, is written with NumPy's functions (`np.multiply`, `np.right_sh
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,14 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         # Numba's cache goes by the function's name and file, and would not notice an edit of what it calls in another
         function.__qualname__ += f"_{_DIGEST}"
         try:
-            return njit(cache=True, **_OPTIONS, **options)(function)
+            compiled = njit(cache=True, **_OPTIONS, **options)(function)
         except RuntimeError:
             return njit(**_OPTIONS, **options)(function)
+        # Numba numbers the files. Two processes that compile at once may take the same number, and the index then gives
+        # the code for the types of one to the other's, without a word
+        file = compiled._cache._cache_file
+        file._data_name = lambda _: f"{file._index_name.removesuffix('nbi')}{uuid.uuid4().hex[:16]}.nbc"
+        return compiled
 
     return decorate
 
