@@ -136,6 +136,8 @@ class ModelCalibration:
                     f"{state} was made with other data than the first {self._seen.feeds} feeds; remove it to start anew"
                 )
         (engine or LocalEngine()).run(self._job, numbered, self._seen, advance, file)
+        for observer in self._seen.norms.values():
+            observer.settle()
         if file is not None:
             file.save(self._seen)
 

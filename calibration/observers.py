@@ -38,6 +38,11 @@ class Observer:
         """Return the whole state as arrays by name."""
         return dict(self._items())
 
+    def settle(self) -> None:
+        """Take in all feeds that wait: several threads may read then, until there are others."""
+        for _ in self._items():
+            pass
+
     def _settle(self) -> None:
         """Take in the feeds that wait."""
 

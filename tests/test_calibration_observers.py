@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from onnx_models import feeds, model_with_norms
 
 import fxp_layernorm as fxp
 from fxp_layernorm import DataError
-from fxp_layernorm.calibration import norms, observers
+from fxp_layernorm.calibration import ModelCalibration, norms, observers
 from fxp_layernorm.calibration.histograms import Histogram
 from fxp_layernorm.calibration.norms import NormObserver, TensorObserver
 from fxp_layernorm.calibration.observers import ExactSum, MinMaxObserver, Observer, RowSample, row_ids
+from fxp_layernorm.runtime import Feeds
 
 N = 3
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -236,3 +238,12 @@ def test_a_state_of_another_form_is_refused(change: str) -> None:
         arrays["sample._rows"] = np.zeros((5, N), dtype=object)
     with pytest.raises(DataError, match="of another form"):
         NormObserver(layer()).restore(arrays)
+
+
+def test_nothing_waits_once_a_model_is_observed() -> None:
+    """Several threads read the observers then, and the first to take in what waits would leave the others none."""
+    calibration = ModelCalibration(model_with_norms())
+    calibration.observe(Feeds(feeds()))
+    for norm in calibration._seen.norms.values():
+        assert norm.sample._rows.size
+        assert not [side for side in (norm.input, norm.output, norm.sample) if side._waiting]

@@ -340,6 +340,7 @@ def _of_norm(model: Model, feeds: Feeds, name: str) -> tuple[_Evaluate, str, str
 def _of_observed(layer: LayerNorm | RMSNorm, observer: NormObserver) -> tuple[_Evaluate, str]:
     if not observer.rows:
         raise DataError("there is no row to sweep with")
+    observer.settle()
     calibration = NormCalibration(layer, observer)
     rows = stacked(observer.sample.rows(), layer.normalized_shape, layer.axes)
     expected = layer(rows.astype(np.float64))
