@@ -141,6 +141,11 @@ def configurations(n: int) -> Iterator[Configuration]:
     yield Configuration("8 -> 8, a scale a channel", QuantParams("int8", max(scales), 0, None, scales), out8, {})
     for name in PRESETS:
         yield Configuration(f"8 -> 8, `{name}`", in8, out8, {"hardware": name})
+    for bits, output in ((8, out8), (16, out16)):
+        yield Configuration(f"16 -> {bits}, `carried24`", in16, output, {"hardware": "carried24"})
+    yield Configuration(
+        "8 + 8 -> 8, `carried24`", in8, out8, {"residual": params("int8", reach * 0.7), "hardware": "carried24"}
+    )
 
 
 class Search:
@@ -320,7 +325,8 @@ def measure(configuration: Configuration, effort: Effort) -> Measured:
             best, layer, octaves = ratio, other, change
     cost = None
     if "hardware" in configuration.options:
-        cost = float(spec.excess) - float(replace(configuration, options={}).plan(configuration.layer(n)).excess)
+        free = {name: value for name, value in configuration.options.items() if name != "hardware"}
+        cost = float(spec.excess) - float(replace(configuration, options=free).plan(configuration.layer(n)).excess)
     return Measured(
         configuration.name,
         spec.lane,

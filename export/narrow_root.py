@@ -169,11 +169,12 @@ class Root:
             borrowed = lent
             summands, above = [*columns[index], *above], []
             total = summands[0] if summands else arithmetic.constant(0)
+            room = LIMIT - max(constant, 0)
             for summand in summands[1:]:
-                if total.high + summand.high >= LIMIT and not last:
+                if total.high + summand.high >= room and not last:
                     high, summand = arithmetic.split(summand)
                     above.append(high)
-                if total.high + summand.high >= LIMIT and not last:
+                if total.high + summand.high >= room and not last:
                     high, total = arithmetic.split(total)
                     above.append(high)
                 total = arithmetic.add(total, summand)

@@ -129,7 +129,7 @@ class Rows:
             upper, lower = arithmetic.split(S, 1 << bits)
             lower = lower.within(-(1 << bits), 1 << bits)  # quotients of negative numbers may be rounded either way
         else:
-            bits = (max(-u.low, u.high).bit_length() + 1) // 2
+            bits = max(min((max(-u.low, u.high).bit_length() + 1) // 2, 20 - n.bit_length()), 1)
             lower, upper = (self._sum(part, n * part.low, n * part.high) for part in self._parts_of(u, [bits]))
             self.stages |= {"S": lower.value, f"S.{bits}": upper.value}
         shifts = [-(part.low // n) for part in (lower, upper)]
