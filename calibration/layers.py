@@ -67,12 +67,7 @@ class NormCalibration:
         return search.choose(self.observer.output, options.output, sample, smallest)
 
     def spec_with_residual(
-        self,
-        options: CalibrationOptions,
-        addends: NormObserver,
-        *,
-        with_sum: bool,
-        codes: tuple[QuantParams | None, QuantParams | None] = (None, None),
+        self, options: CalibrationOptions, addends: NormObserver, *, with_sum: bool
     ) -> LayerNormSpec:
         """Return the spec that adds a residual before it normalizes.
 
@@ -85,9 +80,6 @@ class NormCalibration:
         addends : NormObserver
         with_sum : bool
             Whether the sum is an output too, as 16-bit codes of one scale.
-        codes : pair of QuantParams or None
-            The parameters of codes that an addend comes from. They are the addend's too, which then is rounded once and
-            not twice, unless no sum holds them as well as parameters of its own.
         """
         seen, layer = self.observer, self.layer
         if not (seen.rows and addends.rows):
@@ -108,19 +100,36 @@ class NormCalibration:
             side = SideOptions(DType.INT16, symmetric=True)
             sum_output = search.choose(seen.input, side, search.Sample(total, weights, folds))
         output = self._output(options, expected, folds)
-        operands = [first, total - first]
-        own = [choose(values, each) for values, each in zip(operands, (addends.input, addends.output), strict=True)]
-        spec = self.plan(own[0], output, options, residual=own[1], sum_output=sum_output)
-        if codes == (None, None):
-            return spec
-        taken = [each or mine for each, mine in zip(codes, own, strict=True)]
+        input, residual = choose(first, addends.input), choose(total - first, addends.output)
+        return self.plan(input, output, options, residual=residual, sum_output=sum_output)
+
+    def spec_with_codes(
+        self,
+        spec: LayerNormSpec,
+        options: CalibrationOptions,
+        addends: NormObserver,
+        codes: tuple[QuantParams | None, QuantParams | None],
+    ) -> LayerNormSpec:
+        """Return a spec with a residual whose addends keep the codes that they come from, so as to be rounded once.
+
+        Parameters
+        ----------
+        spec : LayerNormSpec
+            With parameters of the addends' own, which remain where no sum holds the others as well.
+        options : CalibrationOptions
+        addends : NormObserver
+        codes : pair of QuantParams or None
+            The parameters of the codes that each addend comes from, if any.
+        """
+        input, residual = (given or own for given, own in zip(codes, spec.operands, strict=True))
         try:
-            other = self.plan(taken[0], output, options, residual=taken[1], sum_output=sum_output)
+            other = self.plan(input, spec.output, options, residual=residual, sum_output=spec.sum_output)
         except PlanError:
             return spec
+        total, first, _ = self._sums(addends)
         real = [
-            values if each is None else each.dequantize(each.quantize(values)).astype(np.float64)
-            for values, each in zip(operands, codes, strict=True)
+            values if given is None else given.dequantize(given.quantize(values)).astype(np.float64)
+            for values, given in zip((first, total - first), codes, strict=True)
         ]
         return min(other, spec, key=lambda tried: self._signal_and_noise(tried, real)[1])
 

@@ -160,9 +160,7 @@ class ModelCalibration:
         """Tell whether a norm can add a residual itself, and its addends are observed."""
         return name in self._adds
 
-    def spec(
-        self, name: str, options: CalibrationOptions, *, fuse: bool, made: Mapping[str, LayerNormSpec] | None = None
-    ) -> LayerNormSpec:
+    def spec(self, name: str, options: CalibrationOptions, *, fuse: bool) -> LayerNormSpec:
         """Return a norm's spec for what was observed.
 
         Parameters
@@ -172,8 +170,6 @@ class ModelCalibration:
             Norms between quantizers keep the types and scales that the model has for them.
         fuse : bool
             Whether the norm adds a residual itself where it can.
-        made : mapping of str to LayerNormSpec, optional
-            Of other norms, by name: an addend that is the output of one of them takes its codes as they are.
         """
         calibration, border = self.calibration(name), self._borders.get(name)
         try:
@@ -181,24 +177,46 @@ class ModelCalibration:
                 return border.plan(calibration.layer, options.lane, options.hardware)
             if not (fuse and self.can_fuse(name)):
                 return calibration.spec(options)
-            add, addends = self._adds[name], self._seen.norms[_addends(name)]
-            first, second = (self._codes(value.name, name, options, made or {}) for value in add.addends)
-            return calibration.spec_with_residual(options, addends, with_sum=add.shared, codes=(first, second))
+            addends = self._seen.norms[_addends(name)]
+            return calibration.spec_with_residual(options, addends, with_sum=self._adds[name].shared)
         except FxpError as error:
             raise type(error)(f"norm {name!r}: {error}") from error
 
-    def _codes(
-        self, value: str | None, reader: str, options: CalibrationOptions, made: Mapping[str, LayerNormSpec]
-    ) -> QuantParams | None:
-        """Return the parameters of the codes that a value comes from, where a norm of the same channels gives it."""
-        layer = self.calibration(reader).layer
-        for norm in self._observed:
-            if norm.output == value and norm.name in made and self.is_free(norm.name):
-                params = made[norm.name].output
-                alike = (norm.layer.normalized_shape, norm.layer.axes) == (layer.normalized_shape, layer.axes)
-                if alike and (params.dtype, params.lo) == (options.input.dtype, options.input.lo):
-                    return params
-        return None
+    def codes_before(
+        self, name: str, options: CalibrationOptions, made: Mapping[str, LayerNormSpec]
+    ) -> tuple[QuantParams | None, QuantParams | None]:
+        """Return the parameters of the codes that a norm's addends come from, by the specs of other norms.
+
+        None where an addend is no other norm's output of the same channels, or has codes of another type than the
+        options ask for.
+        """
+        layer = self.calibration(name).layer
+
+        def find(value: str | None) -> QuantParams | None:
+            for norm in self._observed:
+                if norm.output == value and norm.name in made and self.is_free(norm.name):
+                    params = made[norm.name].output
+                    alike = (norm.layer.normalized_shape, norm.layer.axes) == (layer.normalized_shape, layer.axes)
+                    if alike and (params.dtype, params.lo) == (options.input.dtype, options.input.lo):
+                        return params
+            return None
+
+        if name not in self._adds:
+            return None, None
+        first, second = self._adds[name].addends
+        return find(first.name), find(second.name)
+
+    def linked(
+        self,
+        name: str,
+        spec: LayerNormSpec,
+        options: CalibrationOptions,
+        codes: tuple[QuantParams | None, QuantParams | None],
+    ) -> LayerNormSpec:
+        """Return a norm's spec whose addends keep the codes that `codes_before` found; see `spec_with_codes`."""
+        if spec.residual is None or codes == (None, None):
+            return spec
+        return self.calibration(name).spec_with_codes(spec, options, self._seen.norms[_addends(name)], codes)
 
     def _taken_from(self, name: str, spec: LayerNormSpec, entries: Iterable[NormParams]) -> SideRecord | None:
         """Return how the codes of a norm's first addend were chosen, where they are those of another norm's output."""
@@ -213,7 +231,8 @@ class ModelCalibration:
         options = CalibrationOptions() if options is None else options
         specs: dict[str, LayerNormSpec] = {}
         for name in self.names:
-            specs[name] = self.spec(name, options, fuse=self._fuse_residual, made=specs)
+            own = self.spec(name, options, fuse=self._fuse_residual)
+            specs[name] = self.linked(name, own, options, self.codes_before(name, options, specs))
         return self.assembled({name: (spec, options) for name, spec in specs.items()})
 
     def assembled(self, specs: Mapping[str, tuple[LayerNormSpec, CalibrationOptions]]) -> ModelParams:

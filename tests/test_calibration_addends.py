@@ -10,13 +10,16 @@ from test_bodies import NODE, N, data, model_of, norm
 
 import fxp_layernorm as fxp
 from fxp_layernorm import export
+from fxp_layernorm.analysis.precision import Target, energy, meet_target
 from fxp_layernorm.calibration import (
     CalibrationOptions,
     ModelCalibration,
+    ModelObjective,
     NormCalibration,
     NormObserver,
     calibrate_model,
 )
+from fxp_layernorm.calibration.simulation import Sides
 from fxp_layernorm.params import ModelParams
 from fxp_layernorm.quantization import QuantParams
 from fxp_layernorm.runtime import Feeds
@@ -53,6 +56,21 @@ def test_the_codes_of_another_norm_are_not_quantized_again(first: bool) -> None:
     assert sqnr(params) > sqnr(apart)
 
 
+def test_targets_are_measured_with_the_codes_handed_on() -> None:
+    model = blocks()
+    calibration = ModelCalibration(model, observe_addends=True)
+    calibration.observe(DATA)
+    objective = ModelObjective(model, calibration.names, DATA, residuals=True)
+    found = meet_target(calibration, objective, CalibrationOptions(), Target.parse("sqnr_db=30"))
+    assert found.met
+    before, behind = found.params.norms
+    assert behind.spec.input == before.spec.output
+    chosen = found.chosen.formats[behind.name]
+    assert (chosen.spec, chosen.cost_pj) == (behind.spec, energy(behind.spec, adds_before=True))
+    choice = {entry.name: Sides.of(entry.spec) for entry in found.params.norms}
+    assert objective.measure(choice) == found.chosen.quality
+
+
 @pytest.mark.parametrize("output", ["uint8", "int16"])
 def test_codes_of_another_type_than_the_inputs_are_not_taken(output: str) -> None:
     before, behind = calibrate_model(blocks(), DATA, "int8", output, fuse_residual=True).norms
@@ -80,5 +98,5 @@ def test_codes_whose_scales_are_too_far_apart_for_a_sum_are_not_taken() -> None:
     addends.update(first, second)
     options, scales = CalibrationOptions(), np.where(np.arange(N) == 3, 1e-30, 1.0)
     codes = QuantParams("int8", 1.0, channel_scales=scales)
-    spec = calibration.spec_with_residual(options, addends, with_sum=False, codes=(codes, None))
-    assert spec == calibration.spec_with_residual(options, addends, with_sum=False)
+    spec = calibration.spec_with_residual(options, addends, with_sum=False)
+    assert calibration.spec_with_codes(spec, options, addends, (codes, None)) is spec

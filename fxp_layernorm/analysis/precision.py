@@ -124,12 +124,15 @@ class Point:
         The sum of the norms' own.
     quality : Quality
         Of the model's outputs with all norms in these formats, measured.
+    picked : dict of str to Format
+        The formats as each norm has them by itself: where it adds the output of another, it takes that one's codes.
     """
 
     formats: dict[str, Format]
     cost_pj: float
     noise: float
     quality: Quality
+    picked: dict[str, Format]
 
     def record(self) -> TradeOff:
         """Return what the parameter file holds of it."""
@@ -240,10 +243,13 @@ def meet_target(
     rows = {name: norm.observer.rows * norm.layer.n for name, norm in norms.items()}
     hulls = {name: _hull(_formats(calibration, objective, name, options, advance)) for name in free}
     elements = sum(rows.values())
+    linked = _Linked(calibration)
 
-    def point(formats: Mapping[str, Format]) -> Point:
+    def point(picked: Mapping[str, Format]) -> Point:
+        formats = linked(picked)
         return Point(
-            formats=dict(formats),
+            formats=formats,
+            picked=dict(picked),
             cost_pj=sum(each.cost_pj * rows[name] for name, each in formats.items()) / elements,
             noise=sum(each.noise for each in formats.values()),
             quality=objective.measure(fixed | {name: Sides.of(each.spec) for name, each in formats.items()}),
@@ -316,6 +322,27 @@ def _formats(
     return formats
 
 
+class _Linked:
+    """Lets norms that add take the codes of the norms before them, as `ModelCalibration.linked` does."""
+
+    def __init__(self, calibration: ModelCalibration) -> None:
+        self._calibration = calibration
+        self._known: dict[tuple[object, ...], Format] = {}
+
+    def __call__(self, picked: Mapping[str, Format]) -> dict[str, Format]:
+        made = {name: each.spec for name, each in picked.items()}
+        return {name: self._format(name, each, made) for name, each in picked.items()}
+
+    def _format(self, name: str, each: Format, made: Mapping[str, LayerNormSpec]) -> Format:
+        codes = self._calibration.codes_before(name, each.options, made)
+        key = (name, id(each), *map(id, codes))
+        if key not in self._known:
+            spec = self._calibration.linked(name, each.spec, each.options, codes)
+            price = each.cost_pj if spec is each.spec else energy(spec, adds_before=True)
+            self._known[key] = replace(each, spec=spec, cost_pj=price)
+        return self._known[key]
+
+
 def _hull(formats: Iterable[Format]) -> list[Format]:
     """Return the lower convex hull of noise over cost, from the cheapest to the most accurate."""
     hull: list[Format] = []
@@ -357,11 +384,11 @@ def _without_waste(
     point: Callable[[Mapping[str, Format]], Point],
 ) -> Point:  # fmt: skip
     """Take back single steps, the dearest first, as long as the target is met: the last one often does too much."""
-    taken = [name for name, hull in hulls.items() if chosen.formats[name] is not hull[0]]
-    for name in sorted(taken, key=lambda name: -rows[name] * chosen.formats[name].cost_pj):
+    taken = [name for name, hull in hulls.items() if chosen.picked[name] is not hull[0]]
+    for name in sorted(taken, key=lambda name: -rows[name] * chosen.picked[name].cost_pj):
         hull = hulls[name]
-        cheaper = hull[hull.index(chosen.formats[name]) - 1]
-        tried = point(chosen.formats | {name: cheaper})
+        cheaper = hull[hull.index(chosen.picked[name]) - 1]
+        tried = point(chosen.picked | {name: cheaper})
         if target.met(tried.quality):
             chosen = tried
     return chosen
