@@ -48,16 +48,18 @@ _MODULES = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A choice of formats that the demo compares."""
+    """A choice of formats that the demo compares, and whether norms take both addends of the sum before them."""
 
     name: str
     title: str
     options: CalibrationOptions
+    fuse_residual: bool = False
 
 
 #: The first is the one that is exported to the demo's folder.
 VARIANTS = (
     Variant("int8", "int8, channel scales", CalibrationOptions.of("int8", "int8")),
+    Variant("int8_fused", "int8, residual adds fused", CalibrationOptions.of("int8", "int8"), fuse_residual=True),
     Variant("int16", "int16", CalibrationOptions.of("int16", "int16")),
     Variant(
         "int8_per_tensor",

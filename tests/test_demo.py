@@ -27,7 +27,7 @@ def test_demo(tmp_path: Path) -> None:
     assert document["cosine_int16"] >= 0.9999
     assert document["cosine_per_tensor_int8"] < 0.96
     assert document["top1_agreement"] > document["top1_agreement_per_tensor_int8"] + 0.1
-    assert result.stderr.splitlines()[-1].startswith("PASSED | 13 norms in 3 formats, 0 of ")
+    assert result.stderr.splitlines()[-1].startswith("PASSED | 13 norms in 4 formats, 0 of ")
 
     drawn = all(importlib.util.find_spec(name) for name in ("matplotlib", "jinja2"))
     assert Path(document["report"]) == tmp_path / "out" / ("analysis.html" if drawn else "report.json")

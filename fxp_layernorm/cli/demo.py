@@ -51,13 +51,14 @@ def demo(out: Path, as_json: bool) -> None:
     seen = run.write_feeds(out / "calibration", list(run.feeds(texts[:first], batch=1)))
     held_out = run.write_feeds(out / "held_out", list(run.feeds(texts[first : first + run.HELD_OUT_TEXTS])))
 
-    calibration = ModelCalibration(model)
-    with output.progress(f"Calibrating on {first} texts", len(seen)) as advance:
-        calibration.observe(seen, advance)
+    calibrations = [ModelCalibration(model, fuse_residual=fuse) for fuse in (False, True)]
+    with output.progress(f"Calibrating on {first} texts", len(calibrations) * len(seen)) as advance:
+        for calibration in calibrations:
+            calibration.observe(seen, advance)
     with output.progress("Choosing scales", len(run.VARIANTS)) as advance:
         params = {}
         for variant in run.VARIANTS:
-            params[variant.name] = calibration.params(variant.options)
+            params[variant.name] = calibrations[variant.fuse_residual].params(variant.options)
             advance()
     with output.progress(f"Comparing on {run.HELD_OUT_TEXTS} held-out texts", len(held_out)) as advance:
         results = run.evaluate(params, held_out, advance)
