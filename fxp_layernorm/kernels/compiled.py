@@ -10,6 +10,7 @@ fill the vectors, is written with NumPy's functions (`np.multiply`, `np.right_sh
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import uuid
 from collections.abc import Callable
@@ -41,8 +42,9 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
             return njit(**_OPTIONS, **options)(function)
         # Numba numbers the files. Two processes that compile at once may take the same number, and the index then gives
         # the code for the types of one to the other's, without a word
-        file = compiled._cache._cache_file
-        file._data_name = lambda _: f"{file._index_name.removesuffix('nbi')}{uuid.uuid4().hex[:16]}.nbc"
+        with contextlib.suppress(AttributeError):  # these names are Numba's own
+            file = compiled._cache._cache_file
+            file._data_name = lambda _: f"{file._index_name.removesuffix('nbi')}{uuid.uuid4().hex[:16]}.nbc"
         return compiled
 
     return decorate
